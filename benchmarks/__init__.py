@@ -1,0 +1,1 @@
+"""Proof of value: one file per claim; results are JSON under `benchmarks/results`."""

@@ -1,0 +1,1 @@
+"""The hands: the `flora` command. The only package that prints."""

@@ -1,0 +1,93 @@
+"""What every adapter becomes once it is read: rows, per linear projection. The device knows nothing else.
+
+    y = c ∘ [ offset · x W0ᵀ + Σ_mul a_j ∘ ((b_j ∘ x) W0ᵀ) ] + Σ_add g_e · (x · p_e) q_e + bias'
+
+Shape legend: I input features, O output features, R mul rows, E add rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRows:
+    """One adapter's effect on one logical projection.
+
+    A side of a mul row that is all ones (IA3) is not stored: `mul_a_RO` or `mul_b_RI` is None then.
+    `bias' = bias_scale ∘ bias + bias_shift`; either is None where it changes nothing.
+    """
+
+    mul_a_RO: Tensor | None = None  # output side
+    mul_b_RI: Tensor | None = None  # input side
+    add_q_EO: Tensor | None = None  # output side
+    add_p_EI: Tensor | None = None  # input side
+    add_gate: float = 1.0  # alpha/r or alpha/√r
+    offset: int = 1  # 0 or 1: how many times the base product itself enters
+    scale_O: Tensor | None = None  # c
+    bias_scale_O: Tensor | None = None
+    bias_shift_O: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.offset not in (0, 1):
+            raise ValueError(f"offset is 0 or 1, not {self.offset}")
+        if (self.add_q_EO is None) != (self.add_p_EI is None):
+            raise ValueError("add rows need both sides")
+        for left, right in ((self.mul_a_RO, self.mul_b_RI), (self.add_q_EO, self.add_p_EI)):
+            if left is not None and right is not None and left.shape[0] != right.shape[0]:
+                raise ValueError(f"{left.shape[0]} output rows against {right.shape[0]} input rows")
+
+    @property
+    def num_mul(self) -> int:
+        side = self.mul_a_RO if self.mul_a_RO is not None else self.mul_b_RI
+        return 0 if side is None else side.shape[0]
+
+    @property
+    def num_add(self) -> int:
+        return 0 if self.add_q_EO is None else self.add_q_EO.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by field name."""
+        named = {
+            "mul_a_RO": self.mul_a_RO,
+            "mul_b_RI": self.mul_b_RI,
+            "add_q_EO": self.add_q_EO,
+            "add_p_EI": self.add_p_EI,
+            "scale_O": self.scale_O,
+            "bias_scale_O": self.bias_scale_O,
+            "bias_shift_O": self.bias_shift_O,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """One adapter: its effect on each logical projection it touches, by the projection's full module path.
+
+    `base_digest` is the base model it was made for; None when it does not depend on the base's values and
+    the file did not say.
+    """
+
+    modules: Mapping[str, ModuleRows] = field(default_factory=dict)
+    base_digest: str | None = None
+
+    @property
+    def max_rank(self) -> int:
+        """The most rows in any one projection."""
+        return max((rows.num_mul + rows.num_add for rows in self.modules.values()), default=0)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows.num_bytes for rows in self.modules.values())

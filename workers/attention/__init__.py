@@ -1,0 +1,1 @@
+"""Attention over the KV cache, and the accounting of the cache."""
