@@ -1,9 +1,9 @@
 """Names: who an adapter is, and what a user may call it.
 
-    version   sha256 (hex) of the canonical JSON of a manifest's content: the only name a cache may use
-    alias     a movable name of a version: `latest`, `prod`, …
-    name      what a tenant calls an adapter
-    model id  what a request sends: `base`, `name`, `base:name`, each with an optional `@alias-or-version`
+version   sha256 (hex) of the canonical JSON of a manifest's content: the only name a cache may use
+alias     a movable name of a version: `latest`, `prod`, …
+name      what a tenant calls an adapter
+model id  what a request sends: `base`, `name`, `base:name`, each with an optional `@alias-or-version`
 """
 
 from __future__ import annotations

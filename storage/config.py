@@ -1,0 +1,32 @@
+"""Settings of the registry and its caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class StorageSettings(BaseModel):
+    """Where adapters are kept, and how much of them a replica keeps near."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    registry: str = Field(
+        default="~/.flora/registry",
+        description="The registry: a directory (one machine only) or s3://bucket/prefix.",
+    )
+    s3_endpoint_url: str | None = Field(
+        default=None, description="Another S3 API than AWS's, e.g. http://127.0.0.1:9000."
+    )
+    s3_region: str = Field(default="us-east-1")
+    s3_addressing: str = Field(default="path", pattern="^(path|virtual|auto)$")
+    s3_timeout_s: float = Field(default=10.0, gt=0, le=300)
+    cache_dir: Path = Field(
+        default=Path("~/.flora/cache"), description="Content-addressed disk cache of blobs."
+    )
+    cache_bytes: int = Field(default=4 << 30, ge=1 << 20)
+    host_bytes: int = Field(default=512 << 20, ge=0, description="Parsed adapters kept in memory.")
+    max_adapter_bytes: int = Field(
+        default=2 << 30, ge=1, description="Larger adapters are refused at publish."
+    )

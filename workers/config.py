@@ -1,0 +1,48 @@
+"""Settings of one engine: its model, its bank, its cache, its steps."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineSettings(BaseModel):
+    """One replica's engine. The defaults fit a laptop and a small model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field(
+        default="~/.flora/bases/smollm2-135m-instruct",
+        description="A local directory in transformers' layout, or a hub id.",
+    )
+    base_id: str = Field(
+        default="smollm2-135m-instruct",
+        min_length=1,
+        description="What users call the base model.",
+    )
+    dtype: Literal["float64", "float32", "bfloat16"] = "bfloat16"
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: all cores.")
+    max_sequences: int = Field(default=32, ge=1, le=4096, description="Sequences decoded together.")
+    max_sequence_tokens: int = Field(
+        default=2048, ge=16, description="Prompt and answer together; also the model's own limit."
+    )
+    max_step_tokens: int = Field(
+        default=512, ge=1, description="Tokens of one forward; longer prompts are cut into chunks."
+    )
+    bank_rows: int = Field(
+        default=256,
+        ge=1,
+        description="Rank rows the device holds in every module, for all adapters.",
+    )
+    bank_slots: int = Field(default=256, ge=1, description="Adapters the device holds at most.")
+    load_concurrency: int = Field(default=2, ge=1, le=64)
+    starvation_s: float = Field(
+        default=5.0,
+        gt=0,
+        description="A request waiting this long for bank rows stops new work on the adapters that hold them.",
+    )
+    step_timeout_s: float = Field(
+        default=300.0, gt=0, description="A step that takes longer makes the replica unhealthy."
+    )

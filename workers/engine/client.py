@@ -1,0 +1,60 @@
+"""The seam between a replica and its engine: plain data only, so the engine may run in a thread or another process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from storage.identity import AdapterVersion
+from workers.engine.request import EngineRequest, StepOutputs
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What a replica reports of its engine every heartbeat. `work` is in rank-weighted tokens still to compute."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    work: float = 0.0
+    kv_slots_used: int = 0
+    kv_slots: int = 0
+    bank_rows_used: int = 0
+    bank_rows: int = 0
+    device: tuple[AdapterVersion, ...] = ()  # versions whose rows are on the device
+    host: tuple[AdapterVersion, ...] = ()
+    disk: tuple[AdapterVersion, ...] = ()
+    loads: int = 0  # adapters brought to the device since start
+    evictions: int = 0
+    tokens_out: int = 0
+    step_errors: int = 0
+
+
+class EngineClient(Protocol):
+    """Every method may be called from any thread and returns at once."""
+
+    def start(self, on_step: Callable[[StepOutputs], None]) -> None:
+        """Begin stepping. `on_step` is called from the engine's own thread, once per step that produced anything."""
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Whatever becomes of it, exactly one output with a finish reason follows.
+
+        Raises:
+            ContextLengthError: prompt plus max_tokens can never fit.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Free the request's KV slot and adapter reference within one step; no error when it is gone."""
+
+    def prefetch(
+        self, versions: Sequence[AdapterVersion], pinned: frozenset[AdapterVersion]
+    ) -> None:
+        """Bring adapters to the device in the background, and pin exactly `pinned`. Errors are counted, not raised."""
+
+    def load(self) -> EngineLoad: ...
+
+    def is_alive(self) -> bool:
+        """The engine steps, or waits for work; false once its thread or process is gone or stuck."""
+
+    def stop(self) -> None:
+        """End after the current step; unfinished requests end with `abort`."""
