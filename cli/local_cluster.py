@@ -1,0 +1,237 @@
+"""A private Ray on this machine: own ports, own short temporary directory, own token; stopped by process, never by name.
+
+Knows nothing of FLoRA's application: `deployments.launching` deploys onto it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from storage.errors import OverloadedError
+
+# A Unix socket's path may have 107 bytes; Ray adds about 70 to its temporary directory.
+_LONGEST_TEMP_PARENT = 20
+_OBJECT_STORE_BYTES = 256 << 20
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 5.0
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A handle on a running private Ray head. Plain data: another process may load it and stop the cluster.
+
+    `created_s` is the head process's start time; with the pid it names the process for ever.
+    """
+
+    pid: int
+    created_s: float
+    address: str
+    dashboard_url: str
+    directory: str
+
+    @property
+    def token_file(self) -> Path:
+        return Path(self.directory) / "token"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a child process needs to find this cluster and to be let in: Ray, its job client, `ray job submit`."""
+        return {
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": self.dashboard_url,
+            **_authentication(self.token_file),
+        }
+
+    def is_alive(self) -> bool:
+        return self._head() is not None
+
+    def connect(self, namespace: str = "flora") -> None:
+        """Make this process a driver of the cluster. Undone by `disconnect`."""
+        self.authenticate()
+        import ray
+
+        ray.init(
+            address=self.address,
+            namespace=namespace,
+            log_to_driver=False,
+            logging_level="error",
+            ignore_reinit_error=False,
+        )
+
+    def authenticate(self) -> None:
+        """Let this process use the cluster's token, whatever Ray it spoke to before."""
+        os.environ.update(_authentication(self.token_file))
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        # Ray reads both once and keeps them; a second cluster in one process needs them read again.
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+    @staticmethod
+    def disconnect() -> None:
+        import ray
+
+        ray.shutdown()
+
+    def stop(self) -> None:
+        """End every process of the cluster and remove its directory. Returns when they are gone; may be repeated."""
+        head = self._head()
+        if head is not None:
+            _end(head)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _head(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            alive = abs(process.create_time() - self.created_s) < 1.0
+            return process if alive and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def start_cluster(*, num_cpus: int | None = None, num_gpus: int | None = None) -> LocalCluster:
+    """Start a Ray head with a job server and a token of its own, and wait until it answers (about 10 s).
+
+    Args:
+        num_cpus: logical CPUs Ray may hand out; by default enough for a few replicas, a trainer and their drivers.
+        num_gpus: by default what Ray finds.
+
+    Raises:
+        OverloadedError: Ray did not start; the message has the end of its log.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="flora-", dir=_short_temp_parent()))
+    try:
+        return _start_in(directory, num_cpus or max(os.cpu_count() or 1, 8), num_gpus)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct TCP ports that nothing listens on at this moment."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
+def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalCluster:
+    token_file = directory / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    dashboard, client, agent = free_ports(3)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--node-ip-address", "127.0.0.1", "--port", "0", "--temp-dir", str(directory)),
+        *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
+        *("--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)),
+        *("--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)),
+        *("--disable-usage-stats", "--log-color", "false"),
+        *(() if num_gpus is None else ("--num-gpus", str(num_gpus))),
+    ]
+    log_file = directory / "head.log"
+    with log_file.open("wb") as log:
+        # A session of its own: Ctrl-C in the terminal is for the command, which then stops the head in order.
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=directory,
+            env=_head_environment(token_file),
+            start_new_session=True,
+        )
+    process = psutil.Process(child.pid)
+    try:
+        address = _wait_for_address(directory / "ray_current_cluster", child, log_file)
+    except BaseException:
+        _end(process)
+        raise
+    return LocalCluster(
+        pid=child.pid,
+        created_s=process.create_time(),
+        address=address,
+        dashboard_url=f"http://127.0.0.1:{dashboard}",
+        directory=str(directory),
+    )
+
+
+def _wait_for_address(address_file: Path, child: subprocess.Popen[bytes], log_file: Path) -> str:
+    deadline_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        address = address_file.read_text().strip() if address_file.exists() else ""
+        if address:
+            return address
+        if child.poll() is not None:
+            break
+        time.sleep(0.1)
+    tail = "\n".join(log_file.read_text(errors="replace").splitlines()[-15:])
+    raise OverloadedError(f"the private Ray did not start; the end of its log:\n{tail}")
+
+
+def _authentication(token_file: Path) -> dict[str, str]:
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def _head_environment(token_file: Path) -> dict[str, str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_ID")
+    }
+    # Jobs run in a plain shell: `python` there must be this one, and it must find this checkout.
+    scripts = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", os.defpath)])
+    paths = [str(_SOURCE_ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return {**environment, **_authentication(token_file)}
+
+
+def _short_temp_parent() -> str:
+    parent = tempfile.gettempdir()
+    return parent if len(parent) <= _LONGEST_TEMP_PARENT else "/tmp"
+
+
+def _end(head: psutil.Process) -> None:
+    """Stop the head and all it started, politely and then not. All at once: a head asked first drains for 30 s."""
+    sessions = {_session(process) for process in _tree(head)} - {None}
+    for send in (psutil.Process.terminate, psutil.Process.kill):
+        # Looked up anew: a raylet that saw a worker end may have started another.
+        members = [process for process in psutil.process_iter() if _session(process) in sessions]
+        for process in members:
+            with suppress(psutil.NoSuchProcess):
+                send(process)
+        if not psutil.wait_procs(members, timeout=_STOP_TIMEOUT_S)[1]:
+            return
+
+
+def _tree(head: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return [head, *head.children(recursive=True)]
+    return []
+
+
+def _session(process: psutil.Process) -> int | None:
+    """Ray's daemons share the head's session; each job's driver leads one of its own."""
+    try:
+        return os.getsid(process.pid)
+    except (ProcessLookupError, PermissionError):
+        return None
