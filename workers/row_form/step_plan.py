@@ -34,22 +34,47 @@ class SlotRun:
     start: int
     num_tokens: int
     slot: int
+    gate: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One entry per (token, adapter), in token order, so a segment sum over parts is a sum over tokens."""
+
+    token_P: Tensor  # int64
+    slot_P: Tensor  # int64
+    gate_P: Tensor  # float32; weighs add rows
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """Valid for one step; its tensors live on the model's device and are written once, before the forward."""
 
-    token_of_part_P: Tensor  # int64, ascending, so a segment sum over parts is a sum over tokens
-    slot_of_part_P: Tensor  # int64
-    gate_of_part_P: Tensor  # float32; weighs add rows
-    runs: tuple[SlotRun, ...]  # the same parts on the host, ascending, one entry per segment
+    runs: tuple[SlotRun, ...]  # ascending, one entry per segment with an adapter
+    parts: Parts  # the same, expanded to tokens
     num_tokens: int
+    device: torch.device
 
     @property
     def is_base_only(self) -> bool:
         """No token names an adapter. (An adapter with no rows in a module is not base-only: it may scale outputs.)"""
         return not self.runs
+
+
+def expand_runs(runs: Sequence[SlotRun], device: torch.device) -> Parts:
+    """Runs to tokens, without a host sync on `device`."""
+    num_parts = sum(run.num_tokens for run in runs)
+    count = torch.tensor([run.num_tokens for run in runs], dtype=torch.int64)
+    start = torch.tensor([run.start for run in runs], dtype=torch.int64)
+    slot = torch.tensor([run.slot for run in runs], dtype=torch.int64)
+    gate = torch.tensor([run.gate for run in runs], dtype=torch.float32)
+    which = torch.repeat_interleave(torch.arange(len(runs)), count, output_size=num_parts)
+    within = torch.arange(num_parts) - (count.cumsum(0) - count)[which]
+    return Parts(
+        token_P=(start[which] + within).to(device, non_blocking=True),
+        slot_P=slot[which].to(device, non_blocking=True),
+        gate_P=gate[which].to(device, non_blocking=True),
+    )
 
 
 def plan_step(
@@ -63,7 +88,6 @@ def plan_step(
         ValueError: a segment names more than one adapter, which no family needs yet.
     """
     runs: list[SlotRun] = []
-    gates: list[float] = []
     token = 0
     for segment in segments:
         if len(segment.parts) > 1:
@@ -72,22 +96,6 @@ def plan_step(
             if slot not in resident:
                 raise NotResidentError(f"adapter slot {slot} is not resident")
             if segment.num_tokens:
-                runs.append(SlotRun(token, segment.num_tokens, slot))
-                gates.append(gate)
+                runs.append(SlotRun(token, segment.num_tokens, slot, gate))
         token += segment.num_tokens
-
-    count = torch.tensor([run.num_tokens for run in runs], dtype=torch.int64)
-    start = torch.tensor([run.start for run in runs], dtype=torch.int64)
-    slot_of_run = torch.tensor([run.slot for run in runs], dtype=torch.int64)
-    num_parts = sum(run.num_tokens for run in runs)
-    which = torch.repeat_interleave(torch.arange(len(runs)), count, output_size=num_parts)
-    within = torch.arange(num_parts) - (count.cumsum(0) - count)[which]
-    return StepPlan(
-        token_of_part_P=(start[which] + within).to(device, non_blocking=True),
-        slot_of_part_P=slot_of_run[which].to(device, non_blocking=True),
-        gate_of_part_P=torch.tensor(gates, dtype=torch.float32)[which].to(
-            device, non_blocking=True
-        ),
-        runs=tuple(runs),
-        num_tokens=token,
-    )
+    return StepPlan(tuple(runs), expand_runs(runs, device), token, device)

@@ -1,0 +1,353 @@
+"""The adapters that are on the device, as rows in pages.
+
+Rows of one projection lie in two tensors, one for each side; any adapter's rows may lie anywhere in them, so ranks mix
+without padding. Loads happen on any thread; a step takes a snapshot when it begins and keeps it, so a load never waits
+for a step nor a step for a load.
+
+Shape legend: N bank pages, I input features, O output features, R rows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from storage.adapter_rows import AdapterRows, ModuleRows
+from storage.errors import AdapterRefusedError, CapacityError
+from storage.identity import AdapterVersion
+from workers.bank.groups import GroupTable, ModuleGroup
+from workers.bank.layout import ModuleLayout, SlotPages
+from workers.bank.pages import NUM_RESERVED, ONES_PAGE, PageAllocator
+from workers.row_form.step_plan import NotResidentError
+
+
+class BankBusyError(Exception):
+    """The adapter fits the bank, but not beside those in use or pinned now. Worth another try after a release."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleBank:
+    """All adapters' rows of one projection. Written by loads, read by steps, never both in the same page."""
+
+    in_rows_NI: Tensor
+    out_rows_NO: Tensor
+    bias_O: Tensor | None  # the base layer's own
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BankSnapshot:
+    """What a step may use: each module's group table, with the slots that were ready when it was taken."""
+
+    table_of: Mapping[str, GroupTable]
+
+
+@dataclass(slots=True)
+class _Resident:
+    """One adapter's place. `last_used` is a count of uses, not a time."""
+
+    slot: int
+    version: AdapterVersion
+    is_ready: bool = False
+    references: int = 0
+    last_used: int = 0
+
+
+@dataclass(slots=True)
+class BankCounters:
+    loads: int = 0
+    evictions: int = 0
+
+
+@dataclass(slots=True)
+class _Books:
+    """Everything the lock guards."""
+
+    groups: list[ModuleGroup]
+    free_slots: list[int]
+    by_version: dict[AdapterVersion, _Resident] = field(default_factory=dict)
+    pinned: frozenset[AdapterVersion] = frozenset()
+    uses: int = 0
+
+
+class AdapterBank:
+    """See the module's docstring. Every method may be called from any thread.
+
+    Args:
+        projections: logical projection path → (in, out) features.
+        num_rows: rank rows every projection can hold, for all adapters together.
+        num_slots: adapters it can hold.
+        dtype: of the rows; the model's own type in serving, float32 in training.
+        biases: base biases by projection, needed where an adapter changes a bias.
+    """
+
+    def __init__(
+        self,
+        projections: Mapping[str, tuple[int, int]],
+        *,
+        num_rows: int,
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        biases: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.num_rows = num_rows
+        self.num_slots = num_slots
+        self.device = device
+        self.counters = BankCounters()
+        pages = num_rows + NUM_RESERVED
+        self.modules = {
+            path: ModuleBank(
+                in_rows_NI=torch.zeros(pages, num_in, dtype=dtype, device=device),
+                out_rows_NO=torch.zeros(pages, num_out, dtype=dtype, device=device),
+                bias_O=biases.get(path),
+            )
+            for path, (num_in, num_out) in projections.items()
+        }
+        for module in self.modules.values():
+            module.in_rows_NI[ONES_PAGE] = 1
+            module.out_rows_NO[ONES_PAGE] = 1
+        self._lock = threading.Lock()
+        self._books = _Books([self._empty_group()], list(range(num_slots)))
+        self._snapshot = self._take_snapshot()
+
+    def _empty_group(self) -> ModuleGroup:
+        return ModuleGroup(
+            tuple(self.modules), PageAllocator(self.num_rows), PageAllocator(self.num_rows)
+        )
+
+    # What a step needs.
+
+    @property
+    def snapshot(self) -> BankSnapshot:
+        """The current tables. Slots acquired before this call are in it, and stay valid until released."""
+        return self._snapshot
+
+    def acquire(self, version: AdapterVersion) -> int:
+        """The adapter's slot, which cannot be evicted until `release`. Raises NotResidentError."""
+        with self._lock:
+            resident = self._books.by_version.get(version)
+            if resident is None or not resident.is_ready:
+                raise NotResidentError(f"adapter {version} is not resident")
+            resident.references += 1
+            self._books.uses += 1
+            resident.last_used = self._books.uses
+            return resident.slot
+
+    def release(self, version: AdapterVersion) -> None:
+        """Give one reference back."""
+        with self._lock:
+            resident = self._books.by_version[version]
+            if resident.references == 0:
+                raise ValueError(f"adapter {version} is released more often than acquired")
+            resident.references -= 1
+
+    # Who is here.
+
+    def find(self, version: AdapterVersion) -> int | None:
+        """The adapter's slot if its rows are ready, else None."""
+        with self._lock:
+            resident = self._books.by_version.get(version)
+            return resident.slot if resident is not None and resident.is_ready else None
+
+    def residents(self) -> tuple[AdapterVersion, ...]:
+        """Ready adapters, least recently used first."""
+        with self._lock:
+            ready = [one for one in self._books.by_version.values() if one.is_ready]
+        return tuple(one.version for one in sorted(ready, key=lambda one: one.last_used))
+
+    @property
+    def resident_slots(self) -> frozenset[int]:
+        with self._lock:
+            return self._ready_slots()
+
+    @property
+    def rows_used(self) -> int:
+        """Rows taken in the fullest projection."""
+        with self._lock:
+            return max((group.rows_used for group in self._books.groups), default=0)
+
+    def pages_of(self, version: AdapterVersion) -> dict[str, SlotPages]:
+        """Where a resident adapter's rows lie in each projection. Raises NotResidentError."""
+        with self._lock:
+            resident = self._books.by_version.get(version)
+            if resident is None:
+                raise NotResidentError(f"adapter {version} is not resident")
+            return {
+                path: group.slots[resident.slot]
+                for group in self._books.groups
+                for path in group.modules
+            }
+
+    # Coming and going.
+
+    def load(self, version: AdapterVersion, rows: AdapterRows) -> int:
+        """Bring an adapter to the device, evicting idle unpinned ones, least recently used first.
+
+        Returns its slot; at once when it is resident. Callers see to it that one version is loaded by one thread.
+
+        Raises:
+            AdapterRefusedError: a projection the model does not have, a wrong shape, or a value that is not finite.
+            CapacityError: more rows than the whole bank holds.
+            BankBusyError: no room beside adapters in use, pinned or being loaded.
+        """
+        self._check(rows)
+        layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
+        with self._lock:
+            books = self._books
+            if version in books.by_version:
+                return books.by_version[version].slot
+            self._make_room(layouts)
+            resident = _Resident(books.free_slots.pop(0), version)
+            books.by_version[version] = resident
+            for group in books.groups:
+                group.allocate(resident.slot, layouts[group.modules[0]])
+            places = {
+                path: group.slots[resident.slot] for group in books.groups for path in group.modules
+            }
+        for path, module_rows in rows.modules.items():
+            _write(self.modules[path], module_rows, places[path])
+        with self._lock:
+            resident.is_ready = True
+            books.uses += 1
+            resident.last_used = books.uses
+            self.counters.loads += 1
+            self._snapshot = self._take_snapshot()
+        return resident.slot
+
+    def evict(self, version: AdapterVersion) -> None:
+        """Free an idle adapter's rows. Raises BankBusyError while it is in use; no error when it is not here."""
+        with self._lock:
+            resident = self._books.by_version.get(version)
+            if resident is None:
+                return
+            if resident.references or not resident.is_ready:
+                raise BankBusyError(f"adapter {version} is in use")
+            self._evict(resident)
+            self._snapshot = self._take_snapshot()
+
+    def pin(self, versions: Iterable[AdapterVersion]) -> None:
+        """Keep exactly these from eviction, whether they are resident yet or not."""
+        with self._lock:
+            self._books.pinned = frozenset(versions)
+
+    def check_integrity(self) -> bool:
+        """Every page and slot has one owner or none, and every reference a resident."""
+        with self._lock:
+            books = self._books
+            taken = [one.slot for one in books.by_version.values()]
+            return (
+                sorted([*books.free_slots, *taken]) == list(range(self.num_slots))
+                and all(one.references >= 0 for one in books.by_version.values())
+                and all(group.check_integrity() for group in books.groups)
+                and all(sorted(group.slots) == sorted(taken) for group in books.groups)
+                and sorted(path for group in books.groups for path in group.modules)
+                == sorted(self.modules)
+            )
+
+    # Inside the lock.
+
+    def _ready_slots(self) -> frozenset[int]:
+        return frozenset(one.slot for one in self._books.by_version.values() if one.is_ready)
+
+    def _take_snapshot(self) -> BankSnapshot:
+        ready = self._ready_slots()
+        tables = {
+            path: table
+            for group in self._books.groups
+            for table in [group.table(ready, self.num_slots, self.device)]
+            for path in group.modules
+        }
+        return BankSnapshot(tables)
+
+    def _make_room(self, layouts: Mapping[str, ModuleLayout]) -> None:
+        books = self._books
+        most = max((max(one.num_in, one.num_out) for one in layouts.values()), default=0)
+        if most > self.num_rows:
+            raise CapacityError(
+                f"the adapter needs {most} rows in one projection; the bank holds {self.num_rows}"
+            )
+        if not books.by_version:
+            books.groups = [self._empty_group()]
+        groups = [part for group in books.groups for part in group.split(layouts)]
+        victims = sorted(
+            (
+                one
+                for one in books.by_version.values()
+                if one.is_ready and not one.references and one.version not in books.pinned
+            ),
+            key=lambda one: one.last_used,
+        )
+        # What would be free if the first n victims left; nothing is evicted before that is known to be enough.
+        for count in range(len(victims) + 1):
+            going = {one.slot for one in victims[:count]}
+            has_slot = bool(books.free_slots) or bool(going)
+            if has_slot and all(
+                group.fits_without(going, layouts[group.modules[0]]) for group in groups
+            ):
+                books.groups = groups
+                for one in victims[:count]:
+                    self._evict(one)
+                return
+        raise BankBusyError("no room beside the adapters in use")
+
+    def _evict(self, resident: _Resident) -> None:
+        books = self._books
+        del books.by_version[resident.version]
+        for group in books.groups:
+            group.free(resident.slot)
+        books.free_slots.append(resident.slot)
+        self.counters.evictions += 1
+
+    def _check(self, rows: AdapterRows) -> None:
+        for path, module_rows in rows.modules.items():
+            module = self.modules.get(path)
+            if module is None:
+                raise AdapterRefusedError(f"the model has no projection {path!r}", param=path)
+            sides = {"I": module.in_rows_NI.shape[1], "O": module.out_rows_NO.shape[1]}
+            for name, tensor in module_rows.tensors().items():
+                if tensor.shape[-1] != sides[name[-1]]:
+                    raise AdapterRefusedError(
+                        f"{path}: {name} has {tensor.shape[-1]} features, the model {sides[name[-1]]}",
+                        param=path,
+                    )
+            if not module_rows.is_finite:
+                raise AdapterRefusedError(f"{path} has a value that is not finite", param=path)
+
+
+def _write(module: ModuleBank, rows: ModuleRows, pages: SlotPages) -> None:
+    """Copy one adapter's rows into its own pages."""
+    sides = (
+        (module.in_rows_NI, pages.mul_in, rows.mul_b_RI),
+        (module.out_rows_NO, pages.mul_out, rows.mul_a_RO),
+        (module.in_rows_NI, pages.add_in, rows.add_p_EI),
+        (module.out_rows_NO, pages.add_out, rows.add_q_EO),
+        (module.out_rows_NO, (pages.scale,), _as_row(rows.scale_O)),
+        (module.out_rows_NO, (pages.bias,), _own_bias(module, rows)),
+    )
+    with torch.no_grad():
+        for bank_rows, where, values in sides:
+            if values is not None and where:
+                page = torch.tensor(where, device=bank_rows.device)
+                bank_rows[page] = values.to(bank_rows.device, bank_rows.dtype)
+
+
+def _as_row(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector[None]
+
+
+def _own_bias(module: ModuleBank, rows: ModuleRows) -> Tensor | None:
+    """bias' = bias_scale ∘ bias + bias_shift, or None where the base bias stays."""
+    if rows.bias_scale_O is None and rows.bias_shift_O is None:
+        return None
+    bias_O = torch.zeros(module.out_rows_NO.shape[1]) if module.bias_O is None else module.bias_O
+    bias_O = bias_O.cpu().double()
+    if rows.bias_scale_O is not None:
+        bias_O = bias_O * rows.bias_scale_O.cpu()
+    if rows.bias_shift_O is not None:
+        bias_O = bias_O + rows.bias_shift_O.cpu()
+    return bias_O[None]

@@ -1,0 +1,140 @@
+"""Modules that see the same layout share one page map, so a step looks their rows up once.
+
+A group begins as all modules. An adapter whose ranks differ from module to module splits it; the parts never merge
+while the bank holds anything, because their pages may differ from then on.
+
+Shape legend: S bank slots, F pages of all slots of a group, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.bank.layout import ModuleLayout, SlotPages
+from workers.bank.pages import NULL_PAGE, ONES_PAGE, PageAllocator
+
+
+@dataclass(frozen=True)
+class PageLists:
+    """For each slot a list of (in page, out page) pairs, flattened."""
+
+    first_S: Tensor  # int64
+    count_S: Tensor  # int64
+    in_page_F: Tensor  # int64
+    out_page_F: Tensor  # int64
+    counts: Mapping[int, int]  # count_S on the host, for slots that have any
+
+    @classmethod
+    def build(
+        cls,
+        pairs: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]],
+        num_slots: int,
+        device: torch.device,
+    ) -> PageLists:
+        counts = {slot: len(ins) for slot, (ins, _) in pairs.items() if ins}
+        first, count = [0] * num_slots, [0] * num_slots
+        flat_in: list[int] = []
+        flat_out: list[int] = []
+        for slot, (ins, outs) in pairs.items():
+            first[slot], count[slot] = len(flat_in), len(ins)
+            flat_in.extend(ins)
+            flat_out.extend(outs)
+        return cls(
+            first_S=torch.tensor(first, device=device),
+            count_S=torch.tensor(count, device=device),
+            in_page_F=torch.tensor(flat_in, dtype=torch.int64, device=device),
+            out_page_F=torch.tensor(flat_out, dtype=torch.int64, device=device),
+            counts=counts,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTable:
+    """A snapshot of one group, on the device. Never changed: a load makes a new one, a step keeps the one it began with."""
+
+    mul: PageLists
+    add: PageLists
+    offset_S: Tensor  # int64, 0 or 1
+    add_gate_S: Tensor  # float32
+    scale_page_S: Tensor  # int64, an output-side page
+    bias_page_S: Tensor  # int64, an output-side page
+    pages: Mapping[int, SlotPages]  # the same on the host
+
+
+class ModuleGroup:
+    """Modules with one common page map. Not thread-safe: the bank's lock guards it."""
+
+    def __init__(self, modules: tuple[str, ...], ins: PageAllocator, outs: PageAllocator) -> None:
+        self.modules = modules
+        self._ins = ins
+        self._outs = outs
+        self.slots: dict[int, SlotPages] = {}
+
+    def split(self, layouts: Mapping[str, ModuleLayout]) -> list[ModuleGroup]:
+        """This group, divided by the layout an incoming adapter has in each module; itself when they agree."""
+        parts: dict[ModuleLayout, list[str]] = {}
+        for module in self.modules:
+            parts.setdefault(layouts[module], []).append(module)
+        if len(parts) == 1:
+            return [self]
+        groups = []
+        for modules in parts.values():
+            group = ModuleGroup(tuple(modules), self._ins.clone(), self._outs.clone())
+            group.slots = dict(self.slots)
+            groups.append(group)
+        return groups
+
+    def fits_without(self, leaving: Collection[int], layout: ModuleLayout) -> bool:
+        """Whether `layout` has room once the adapters in the slots `leaving` are gone."""
+        num_in = self._ins.num_free + sum(len(self.slots[slot].in_pages) for slot in leaving)
+        num_out = self._outs.num_free + sum(len(self.slots[slot].out_pages) for slot in leaving)
+        return layout.num_in <= num_in and layout.num_out <= num_out
+
+    def allocate(self, slot: int, layout: ModuleLayout) -> None:
+        self.slots[slot] = SlotPages.allocate(layout, self._ins, self._outs)
+
+    def free(self, slot: int) -> None:
+        pages = self.slots.pop(slot)
+        self._ins.free(pages.in_pages)
+        self._outs.free(pages.out_pages)
+
+    @property
+    def rows_used(self) -> int:
+        """Pages taken on the fuller side."""
+        return max(side.num_pages - side.num_free for side in (self._ins, self._outs))
+
+    def table(self, ready: frozenset[int], num_slots: int, device: torch.device) -> GroupTable:
+        """A snapshot with the slots whose rows are written."""
+        pages = {slot: taken for slot, taken in self.slots.items() if slot in ready}
+        offset, gate = [1] * num_slots, [1.0] * num_slots
+        scale, bias = [ONES_PAGE] * num_slots, [NULL_PAGE] * num_slots
+        for slot, taken in pages.items():
+            offset[slot], gate[slot] = taken.layout.offset, taken.layout.add_gate
+            scale[slot], bias[slot] = taken.scale, taken.bias
+        return GroupTable(
+            mul=PageLists.build(
+                {slot: (taken.mul_in, taken.mul_out) for slot, taken in pages.items()},
+                num_slots,
+                device,
+            ),
+            add=PageLists.build(
+                {slot: (taken.add_in, taken.add_out) for slot, taken in pages.items()},
+                num_slots,
+                device,
+            ),
+            offset_S=torch.tensor(offset, device=device),
+            add_gate_S=torch.tensor(gate, dtype=torch.float32, device=device),
+            scale_page_S=torch.tensor(scale, device=device),
+            bias_page_S=torch.tensor(bias, device=device),
+            pages=pages,
+        )
+
+    def check_integrity(self) -> bool:
+        """Every page has exactly one owner or none."""
+        ins = [page for taken in self.slots.values() for page in taken.in_pages]
+        outs = [page for taken in self.slots.values() for page in taken.out_pages]
+        return self._ins.check_integrity(ins) and self._outs.check_integrity(outs)

@@ -1,0 +1,107 @@
+"""The module that takes a linear layer's place in a model, and what all of them share during a step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from workers.bank.bank import AdapterBank, BankSnapshot, ModuleBank
+from workers.bank.groups import GroupTable
+from workers.row_form.adapted_product import adapted_product
+from workers.row_form.base_linear import BaseLinear
+from workers.row_form.cost import CostModel
+from workers.row_form.module_index import ModuleIndex, index_module_group
+from workers.row_form.step_plan import StepPlan
+
+
+class StepContext:
+    """The step all adapted layers of a model are in. One thread at a time, like the model itself."""
+
+    def __init__(self, cost: CostModel) -> None:
+        self.cost = cost
+        self._plan: StepPlan | None = None
+        self._snapshot: BankSnapshot | None = None
+        self._indices: dict[GroupTable, ModuleIndex] = {}
+
+    def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
+        """Enter a step. None, or a plan with no adapters: every layer is the plain base layer."""
+        is_plain = plan is None or plan.is_base_only
+        self._plan = None if is_plain else plan
+        self._snapshot = None if is_plain else snapshot
+        self._indices = {}
+
+    def index_of(self, path: str) -> ModuleIndex | None:
+        """The projection's index for this step, made by the first layer of its group; None in a plain step."""
+        if self._plan is None:
+            return None
+        if self._snapshot is None:
+            raise RuntimeError("a step with adapters needs a bank")
+        table = self._snapshot.table_of[path]
+        index = self._indices.get(table)
+        if index is None:
+            index = index_module_group(self._plan, table, self.cost)
+            self._indices[table] = index
+        return index
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer whose tokens may each use another adapter.
+
+    Input and output are as of the layer it replaces: any leading shape, whose flattening is the plan's token order.
+    """
+
+    def __init__(self, path: str, base: BaseLinear, context: StepContext) -> None:
+        super().__init__()
+        self.path = path
+        self.base = base
+        self.rows: ModuleBank | None = None
+        self._context = context
+
+    @property
+    def weight(self) -> Tensor:
+        """The base weight, for models that look at their layers' weights (their dtype, mostly)."""
+        return self.base.dequantised_slice(slice(None), slice(None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = self._context.index_of(self.path)
+        if index is None or index.is_plain or self.rows is None:
+            y = self.base.matmul(x)
+            return y if self.base.bias_O is None else y + self.base.bias_O
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = adapted_product(x_TI, self.base, self.rows.in_rows_NI, self.rows.out_rows_NO, index)
+        return y_TO.view(*x.shape[:-1], -1)
+
+
+class AdapterLayers:
+    """All adapted layers of one model: bound to a bank once, told of every step before it runs."""
+
+    def __init__(self, layers: dict[str, AdaptedLinear], context: StepContext) -> None:
+        self.layers = layers
+        self._context = context
+        self._bank: AdapterBank | None = None
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Logical projection path → (in, out) features."""
+        return {
+            path: (layer.base.in_features, layer.base.out_features)
+            for path, layer in self.layers.items()
+        }
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Base biases by projection, where there is one."""
+        return {
+            path: layer.base.bias_O
+            for path, layer in self.layers.items()
+            if layer.base.bias_O is not None
+        }
+
+    def bind(self, bank: AdapterBank) -> None:
+        """Use this bank from the next step on."""
+        self._bank = bank
+        for path, layer in self.layers.items():
+            layer.rows = bank.modules[path]
+
+    def begin_step(self, plan: StepPlan | None) -> None:
+        """Call before every forward. The plan's slots stay acquired until the forward (and backward) is over."""
+        self._context.begin(plan, self._bank.snapshot if self._bank is not None else None)

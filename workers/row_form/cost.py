@@ -1,0 +1,49 @@
+"""Row mode or weight mode: which computes a run of tokens cheaper. By cost, never by family.
+
+Costs are counted in base-GEMM rows: one unit is the time one more row takes in `x @ W0.T`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Fixed costs, so that a run's mode depends only on its own length and ranks, never on its neighbours.
+
+    Row mode runs `tokens · rank` rows beside the base product. Weight mode runs `tokens` rows against
+    ΔW = W0 ∘ Σ a_j b_jᵀ (none beside the base product when `merged`), after building ΔW.
+    """
+
+    build_rows: float
+    build_rows_per_rank: float
+    merged: bool = False
+    """Weight mode uses W0 ∘ (offset + Σ a_j b_jᵀ) at once. Exact enough in float32 only; never for 16 bits."""
+    thin_product_tokens: int = 16
+    """From this many tokens on, add rows are two thin products rather than gathered rows."""
+
+    def prefers_weight_mode(self, num_tokens: int, num_mul: int, offset: int) -> bool:
+        if num_mul == 0:
+            return False
+        row_mode = num_tokens * (num_mul + offset)
+        products = 1 if self.merged else 2
+        build = self.build_rows + self.build_rows_per_rank * num_mul
+        return num_tokens * products + build < row_mode
+
+    def prefers_thin_product(self, num_tokens: int, num_add: int) -> bool:
+        return num_add > 0 and num_tokens >= self.thin_product_tokens
+
+
+def cost_model_for(dtype: torch.dtype, *, training: bool = False) -> CostModel:
+    """Costs measured once on x86 CPUs with AMX: building ΔW takes as long as about 50 float32 rows, or 250 bfloat16 rows.
+
+    Args:
+        dtype: of the base weights.
+        training: merge in float32, where a step then needs three products instead of five.
+    """
+    if dtype == torch.bfloat16:
+        return CostModel(build_rows=250.0, build_rows_per_rank=2.0)
+    return CostModel(build_rows=50.0, build_rows_per_rank=0.5, merged=training)

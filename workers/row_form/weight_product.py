@@ -1,0 +1,73 @@
+"""Weight mode: a run's own weight delta, made, used and forgotten.
+
+    y = x Mᵀ,   M = W0 ∘ (shift + Σ_k a_k b_kᵀ)
+
+Three products per run in training at any rank: y here, and dx = G M and Gᵀ x in the backward, which makes M again rather
+than keep it. W0 is frozen and gets no gradient.
+
+Shape legend: A runs of L tokens and K rows each, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from workers.row_form.base_linear import BaseLinear
+
+SCRATCH_BYTES = 256 << 20
+"""Upper limit of all M of one batched product; more runs go in several products."""
+
+
+def weight_product(
+    x_ALI: Tensor, base: BaseLinear, a_AKO: Tensor, b_AKI: Tensor, shift_A: Tensor
+) -> Tensor:
+    """y_ALO in the type of `x_ALI`. M is rounded on its own to that type, so small deltas survive 16 bits."""
+    one = max(1, base.in_features * base.out_features * max(a_AKO.itemsize, x_ALI.itemsize))
+    at_once = max(1, SCRATCH_BYTES // one)
+    chunks = [
+        _WeightProduct.apply(*(tensor[start : start + at_once] for tensor in inputs), base)
+        for inputs in [(x_ALI, a_AKO, b_AKI, shift_A)]
+        for start in range(0, x_ALI.shape[0], at_once)
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def _pattern(a_AKO: Tensor, b_AKI: Tensor, shift_A: Tensor) -> Tensor:
+    """shift + Σ_k a_k b_kᵀ, one matrix_OI per run."""
+    shift_A11 = shift_A.to(a_AKO.dtype)[:, None, None]
+    return torch.baddbmm(shift_A11, a_AKO.transpose(1, 2), b_AKI)
+
+
+def _base_weight(base: BaseLinear) -> Tensor:
+    return base.dequantised_slice(slice(None), slice(None))
+
+
+class _WeightProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ALI: Tensor, a_AKO: Tensor, b_AKI: Tensor, shift_A: Tensor, base: BaseLinear
+    ) -> Tensor:
+        ctx.save_for_backward(x_ALI, a_AKO, b_AKI, shift_A)
+        ctx.base = base
+        m_AOI = _pattern(a_AKO, b_AKI, shift_A).mul_(_base_weight(base)).to(x_ALI.dtype)
+        return torch.bmm(x_ALI, m_AOI.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_ALO: Tensor) -> tuple[Tensor | None, ...]:
+        x_ALI, a_AKO, b_AKI, shift_A = ctx.saved_tensors
+        weight_OI = _base_weight(ctx.base)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            m_AOI = _pattern(a_AKO, b_AKI, shift_A).mul_(weight_OI).to(x_ALI.dtype)
+            grad_x = torch.bmm(grad_ALO, m_AOI)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            pattern_AOI = torch.bmm(grad_ALO.transpose(1, 2), x_ALI).to(a_AKO.dtype)
+            pattern_AOI *= weight_OI
+            grad_a = torch.bmm(b_AKI, pattern_AOI.transpose(1, 2))
+            grad_b = torch.bmm(a_AKO, pattern_AOI)
+        return grad_x, grad_a, grad_b, None, None
