@@ -1,4 +1,4 @@
-"""A private Ray on this machine: own ports, own short temporary directory, own token; stopped by process, never by name.
+"""A private Ray on this machine: own ports, own short temporary directory, own token; stopped by its processes.
 
 Knows nothing of FLoRA's application: `deployments.launching` deploys onto it.
 """
@@ -26,7 +26,7 @@ from storage.errors import OverloadedError
 _LONGEST_TEMP_PARENT = 20
 _OBJECT_STORE_BYTES = 256 << 20
 _START_TIMEOUT_S = 120.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 2.0  # what has not ended by then is draining work nobody waits for
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -75,7 +75,7 @@ class LocalCluster:
     def authenticate(self) -> None:
         """Let this process use the cluster's token, whatever Ray it spoke to before."""
         os.environ.update(_authentication(self.token_file))
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         # Ray reads both once and keeps them; a second cluster in one process needs them read again.
         Config.initialize("")
@@ -98,12 +98,11 @@ class LocalCluster:
         return asdict(self)
 
     def _head(self) -> psutil.Process | None:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            alive = abs(process.create_time() - self.created_s) < 1.0
-            return process if alive and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+            if abs(process.create_time() - self.created_s) < 1.0 and _is_running(process):
+                return process
+        return None
 
 
 def start_cluster(*, num_cpus: int | None = None, num_gpus: int | None = None) -> LocalCluster:
@@ -213,14 +212,27 @@ def _short_temp_parent() -> str:
 def _end(head: psutil.Process) -> None:
     """Stop the head and all it started, politely and then not. All at once: a head asked first drains for 30 s."""
     sessions = {_session(process) for process in _tree(head)} - {None}
-    for send in (psutil.Process.terminate, psutil.Process.kill):
-        # Looked up anew: a raylet that saw a worker end may have started another.
+    for send in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
+        # Looked up anew each time: a raylet that saw a worker end may have started another.
         members = [process for process in psutil.process_iter() if _session(process) in sessions]
         for process in members:
             with suppress(psutil.NoSuchProcess):
                 send(process)
-        if not psutil.wait_procs(members, timeout=_STOP_TIMEOUT_S)[1]:
-            return
+        deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+        while any(map(_is_running, members)):
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(0.05)
+        else:
+            break
+    psutil.wait_procs([head], timeout=0)  # reaps it where it was this process's child
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _tree(head: psutil.Process) -> list[psutil.Process]:

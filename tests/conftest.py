@@ -1,0 +1,139 @@
+"""What several packages' tests share: real parts, each started once. A part that cannot start fails its tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before anything reads the environment: no test may reach a real bucket, and processes started here inherit this.
+os.environ.update(
+    AWS_ACCESS_KEY_ID="testing",
+    AWS_SECRET_ACCESS_KEY="testing",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+)
+os.environ.pop("AWS_PROFILE", None)
+os.environ.pop("AWS_SESSION_TOKEN", None)
+
+import boto3
+import pytest
+import torch
+
+from cli.bases import find_base, pull_base
+from cli.local_cluster import LocalCluster, start_cluster
+
+# One thread: the models here are tiny, and sums then have one order.
+torch.set_num_threads(1)
+
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Endpoint:
+    """A real S3 API over HTTP, with one empty bucket; credentials are in the environment."""
+
+    url: str
+    bucket: str
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[LocalCluster]:
+    """A private Ray this process is a driver of. Subprocesses join it with `ray_session.environment`."""
+    cluster = start_cluster()
+    try:
+        cluster.connect()
+        yield cluster
+    finally:
+        cluster.disconnect()
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct: $FLORA_TEST_BASE, or the one on this machine, or fetched as `flora base pull` does."""
+    named = os.environ.get("FLORA_TEST_BASE")
+    if named:
+        directory = find_base(named)
+        assert directory is not None, f"FLORA_TEST_BASE={named} is not a safetensors directory"
+        return directory
+    return pull_base()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama (float32 values, any dtype may load them) with a trained byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [
+            "the quick brown fox jumps over the lazy dog",
+            "user assistant system",
+            "a few small words",
+        ],
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=special,
+    )
+    fast.chat_template = _CHATML
+    fast.save_pretrained(directory)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            # Wide, so that greedy answers differ from prompt to prompt instead of repeating one token.
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+            bos_token_id=fast.bos_token_id,
+            eos_token_id=fast.eos_token_id,
+            pad_token_id=fast.pad_token_id,
+            dtype="float32",
+        )
+    )
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[S3Endpoint]:
+    """moto's server: it enforces If-Match and If-None-Match, which the registry stands on."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        endpoint = S3Endpoint(f"http://{host}:{port}", "flora")
+        boto3.client("s3", endpoint_url=endpoint.url).create_bucket(Bucket=endpoint.bucket)
+        yield endpoint
+    finally:
+        server.stop()
