@@ -20,7 +20,7 @@ from torch import Tensor
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import AdapterRefusedError, CapacityError
 from storage.identity import AdapterVersion
-from workers.bank.groups import GroupTable, ModuleGroup
+from workers.bank.groups import GroupRoom, GroupTable, ModuleGroup
 from workers.bank.layout import ModuleLayout, SlotPages
 from workers.bank.pages import NUM_RESERVED, ONES_PAGE, PageAllocator
 from workers.row_form.step_plan import NotResidentError
@@ -199,8 +199,11 @@ class AdapterBank:
         layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
         with self._lock:
             books = self._books
-            if version in books.by_version:
-                return books.by_version[version].slot
+            known = books.by_version.get(version)
+            if known is not None and known.is_ready:
+                return known.slot
+            if known is not None:
+                raise BankBusyError(f"adapter {version} is being loaded by another thread")
             self._make_room(layouts)
             resident = _Resident(books.free_slots.pop(0), version)
             books.by_version[version] = resident
@@ -209,8 +212,13 @@ class AdapterBank:
             places = {
                 path: group.slots[resident.slot] for group in books.groups for path in group.modules
             }
-        for path, module_rows in rows.modules.items():
-            _write(self.modules[path], module_rows, places[path])
+        try:
+            for path, module_rows in rows.modules.items():
+                _write(self.modules[path], module_rows, places[path])
+        except BaseException:
+            with self._lock:
+                self._leave(resident)
+            raise
         with self._lock:
             resident.is_ready = True
             books.uses += 1
@@ -282,26 +290,29 @@ class AdapterBank:
             ),
             key=lambda one: one.last_used,
         )
-        # What would be free if the first n victims left; nothing is evicted before that is known to be enough.
-        for count in range(len(victims) + 1):
-            going = {one.slot for one in victims[:count]}
-            has_slot = bool(books.free_slots) or bool(going)
-            if has_slot and all(
-                group.fits_without(going, layouts[group.modules[0]]) for group in groups
-            ):
-                books.groups = groups
-                for one in victims[:count]:
-                    self._evict(one)
-                return
-        raise BankBusyError("no room beside the adapters in use")
+        # Nobody is evicted before it is known that evicting the first `count` victims is enough.
+        count = 0
+        room = [GroupRoom(group, layouts[group.modules[0]]) for group in groups]
+        while not (all(one.is_enough for one in room) and (books.free_slots or count)):
+            if count == len(victims):
+                raise BankBusyError("no room beside the adapters in use")
+            for one in room:
+                one.without(victims[count].slot)
+            count += 1
+        books.groups = groups
+        for victim in victims[:count]:
+            self._evict(victim)
 
     def _evict(self, resident: _Resident) -> None:
+        self._leave(resident)
+        self.counters.evictions += 1
+
+    def _leave(self, resident: _Resident) -> None:
         books = self._books
         del books.by_version[resident.version]
         for group in books.groups:
             group.free(resident.slot)
         books.free_slots.append(resident.slot)
-        self.counters.evictions += 1
 
     def _check(self, rows: AdapterRows) -> None:
         for path, module_rows in rows.modules.items():

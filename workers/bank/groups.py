@@ -8,7 +8,7 @@ Shape legend: S bank slots, F pages of all slots of a group, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class PageLists:
 
 @dataclass(frozen=True, eq=False)
 class GroupTable:
-    """A snapshot of one group, on the device. Never changed: a load makes a new one, a step keeps the one it began with."""
+    """A snapshot of one group, on the device. Never changed: a load makes a new one, a step keeps its own."""
 
     mul: PageLists
     add: PageLists
@@ -70,8 +70,8 @@ class ModuleGroup:
 
     def __init__(self, modules: tuple[str, ...], ins: PageAllocator, outs: PageAllocator) -> None:
         self.modules = modules
-        self._ins = ins
-        self._outs = outs
+        self.ins = ins
+        self.outs = outs
         self.slots: dict[int, SlotPages] = {}
 
     def split(self, layouts: Mapping[str, ModuleLayout]) -> list[ModuleGroup]:
@@ -83,29 +83,23 @@ class ModuleGroup:
             return [self]
         groups = []
         for modules in parts.values():
-            group = ModuleGroup(tuple(modules), self._ins.clone(), self._outs.clone())
+            group = ModuleGroup(tuple(modules), self.ins.clone(), self.outs.clone())
             group.slots = dict(self.slots)
             groups.append(group)
         return groups
 
-    def fits_without(self, leaving: Collection[int], layout: ModuleLayout) -> bool:
-        """Whether `layout` has room once the adapters in the slots `leaving` are gone."""
-        num_in = self._ins.num_free + sum(len(self.slots[slot].in_pages) for slot in leaving)
-        num_out = self._outs.num_free + sum(len(self.slots[slot].out_pages) for slot in leaving)
-        return layout.num_in <= num_in and layout.num_out <= num_out
-
     def allocate(self, slot: int, layout: ModuleLayout) -> None:
-        self.slots[slot] = SlotPages.allocate(layout, self._ins, self._outs)
+        self.slots[slot] = SlotPages.allocate(layout, self.ins, self.outs)
 
     def free(self, slot: int) -> None:
         pages = self.slots.pop(slot)
-        self._ins.free(pages.in_pages)
-        self._outs.free(pages.out_pages)
+        self.ins.free(pages.in_pages)
+        self.outs.free(pages.out_pages)
 
     @property
     def rows_used(self) -> int:
         """Pages taken on the fuller side."""
-        return max(side.num_pages - side.num_free for side in (self._ins, self._outs))
+        return max(side.num_pages - side.num_free for side in (self.ins, self.outs))
 
     def table(self, ready: frozenset[int], num_slots: int, device: torch.device) -> GroupTable:
         """A snapshot with the slots whose rows are written."""
@@ -137,4 +131,22 @@ class ModuleGroup:
         """Every page has exactly one owner or none."""
         ins = [page for taken in self.slots.values() for page in taken.in_pages]
         outs = [page for taken in self.slots.values() for page in taken.out_pages]
-        return self._ins.check_integrity(ins) and self._outs.check_integrity(outs)
+        return self.ins.check_integrity(ins) and self.outs.check_integrity(outs)
+
+
+class GroupRoom:
+    """Whether a layout fits a group, asked before anything is evicted for it."""
+
+    def __init__(self, group: ModuleGroup, layout: ModuleLayout) -> None:
+        self._group = group
+        self._short_in = layout.num_in - group.ins.num_free
+        self._short_out = layout.num_out - group.outs.num_free
+
+    def without(self, slot: int) -> None:
+        """Count the pages of one more adapter as free."""
+        self._short_in -= len(self._group.slots[slot].in_pages)
+        self._short_out -= len(self._group.slots[slot].out_pages)
+
+    @property
+    def is_enough(self) -> bool:
+        return self._short_in <= 0 and self._short_out <= 0

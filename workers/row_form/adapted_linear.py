@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Module):
             return y if self.base.bias_O is None else y + self.base.bias_O
         x_TI = x.reshape(-1, x.shape[-1])
         y_TO = adapted_product(x_TI, self.base, self.rows.in_rows_NI, self.rows.out_rows_NO, index)
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 class AdapterLayers:

@@ -25,7 +25,7 @@ from workers.row_form.weight_product import weight_product
 def adapted_product(
     x_TI: Tensor, base: BaseLinear, in_rows_NI: Tensor, out_rows_NO: Tensor, index: ModuleIndex
 ) -> Tensor:
-    """The layer's output_TO in the type of `x_TI`, bias included; sums are kept in float32 (or wider) until the end."""
+    """The layer's output_TO, bias included, as the float32 (or wider) sum that the caller rounds once."""
     y_TO = _products(x_TI, base, in_rows_NI, out_rows_NO, index)
     for batch in index.mul_batches:
         token_AL, delta_ALO = _weight_mode(x_TI, base, in_rows_NI, out_rows_NO, batch)
@@ -42,7 +42,7 @@ def adapted_product(
     bias_TO = _bias(base, out_rows_NO, index)
     if bias_TO is not None:
         y_TO = y_TO + bias_TO
-    return y_TO.to(x_TI.dtype)
+    return y_TO
 
 
 def _products(

@@ -38,7 +38,7 @@ class CostModel:
 
 
 def cost_model_for(dtype: torch.dtype, *, training: bool = False) -> CostModel:
-    """Costs measured once on x86 CPUs with AMX: building ΔW takes as long as about 50 float32 rows, or 250 bfloat16 rows.
+    """Measured once on an x86 CPU with AMX: building ΔW takes as long as about 50 float32 or 250 bfloat16 rows.
 
     Args:
         dtype: of the base weights.

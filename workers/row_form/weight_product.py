@@ -2,14 +2,15 @@
 
     y = x Mᵀ,   M = W0 ∘ (shift + Σ_k a_k b_kᵀ)
 
-Three products per run in training at any rank: y here, and dx = G M and Gᵀ x in the backward, which makes M again rather
-than keep it. W0 is frozen and gets no gradient.
+Three products per run in training at any rank: y here, and dx = G M and Gᵀ x in the backward, which makes M again
+rather than keep it. W0 is frozen and gets no gradient.
 
 Shape legend: A runs of L tokens and K rows each, I input features, O output features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def weight_product(
     one = max(1, base.in_features * base.out_features * max(a_AKO.itemsize, x_ALI.itemsize))
     at_once = max(1, SCRATCH_BYTES // one)
     chunks = [
-        _WeightProduct.apply(*(tensor[start : start + at_once] for tensor in inputs), base)
-        for inputs in [(x_ALI, a_AKO, b_AKI, shift_A)]
+        _apply(x_ALI[some], a_AKO[some], b_AKI[some], shift_A[some], base)
         for start in range(0, x_ALI.shape[0], at_once)
+        for some in [slice(start, start + at_once)]
     ]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
@@ -57,7 +58,7 @@ class _WeightProduct(torch.autograd.Function):
         return torch.bmm(x_ALI, m_AOI.transpose(1, 2))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_ALO: Tensor) -> tuple[Tensor | None, ...]:
         x_ALI, a_AKO, b_AKI, shift_A = ctx.saved_tensors
         weight_OI = _base_weight(ctx.base)
@@ -71,3 +72,6 @@ class _WeightProduct(torch.autograd.Function):
             grad_a = torch.bmm(b_AKI, pattern_AOI.transpose(1, 2))
             grad_b = torch.bmm(a_AKO, pattern_AOI)
         return grad_x, grad_a, grad_b, None, None
+
+
+_apply: Callable[..., Tensor] = _WeightProduct.apply

@@ -1,0 +1,209 @@
+"""The row form against its float64 definition, in every mode, for any mix of adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from storage.adapter_rows import AdapterRows
+from tests.workers.row_form.mixed_layers import (
+    FAMILIES,
+    MIXED_MODES,
+    MODES,
+    ROW_MODE,
+    WEIGHT_MODE,
+    MixedLayers,
+    mixed_layers,
+)
+from workers.row_form.cost import CostModel
+
+SHAPES = {"first": (24, 40), "second": (40, 24)}
+
+
+def own_error(mixed: MixedLayers, path: str, y: Tensor, y0: Tensor) -> float:
+    """The largest per-token error relative to what the adapter itself adds, where that is 1e-3 of the output or more."""
+    added = y.double() - y0.double()
+    ref0 = mixed.reference(path, with_adapters=False)
+    wanted = mixed.reference(path) - ref0
+    counts = wanted.norm(dim=1) >= 1e-3 * ref0.norm(dim=1)
+    assert counts.sum() > 60
+    return float(((added - wanted).norm(dim=1) / wanted.norm(dim=1))[counts].max())
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> MixedLayers:
+    size = st.integers(1, 40)
+    shapes = {path: (draw(size), draw(size)) for path in ("first", "second", "third")}
+    adapter = st.fixed_dictionaries(
+        {path: st.tuples(st.sampled_from(FAMILIES), st.integers(1, 64)) for path in shapes}
+    )
+    adapters = draw(st.lists(adapter, max_size=5))
+    who = st.none() | st.integers(0, len(adapters) - 1) if adapters else st.none()
+    segments = draw(st.lists(st.tuples(st.integers(0, 9), who), min_size=1, max_size=8))
+    return mixed_layers(
+        seed=draw(st.integers(0, 2**32)),
+        shapes=shapes,
+        adapters=adapters,
+        segments=segments,
+        dtype=torch.float64,
+        num_rows=5 * 130,
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps(), st.sampled_from(MODES))
+def test_any_mix_of_families_and_ranks_equals_the_definition(
+    mixed: MixedLayers, cost: CostModel
+) -> None:
+    for path in mixed.layers:
+        torch.testing.assert_close(
+            mixed.output(path, cost), mixed.reference(path), rtol=1e-9, atol=1e-9
+        )
+    assert mixed.bank.check_integrity()
+
+
+# Every family beside the others and base tokens, runs short and long, ranks that differ from layer to layer.
+MIX = [
+    {"first": ("flora", 1), "second": ("flora", 64)},
+    {"first": ("lora", 8), "second": ("untouched", 1)},
+    {"first": ("flora", 4), "second": ("lora", 2)},
+    {"first": ("dora", 3), "second": ("flora+lora", 5)},
+]
+SEGMENTS: list[tuple[int, int | None]] = [
+    (1, 0), (5, None), (7, 1), (1, 2), (1, 3), (1, None), (70, 2), (9, 3), (7, 0)
+]  # fmt: skip
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize(
+    "cost", [ROW_MODE, WEIGHT_MODE, MIXED_MODES], ids=["row", "weight", "mixed"]
+)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float32, 4e-3), (torch.float32, 1.0), (torch.bfloat16, 1e-1), (torch.bfloat16, 1.0)],
+)
+@pytest.mark.parametrize("path", SHAPES)
+def test_error_is_small_beside_what_the_adapter_adds(
+    path: str, dtype: torch.dtype, size: float, cost: CostModel
+) -> None:
+    mixed = mixed_layers(
+        seed=1, shapes=SHAPES, adapters=MIX, segments=SEGMENTS, dtype=dtype, size=size
+    )
+    y = mixed.output(path, cost)
+    y0 = without_contribution(mixed, path, cost)
+    assert own_error(mixed, path, y, y0) <= BOUND[dtype]
+    is_base = (mixed.reference(path) == mixed.reference(path, with_adapters=False)).all(dim=1)
+    assert is_base.sum() >= 6
+    assert torch.equal(y[is_base], y0[is_base])
+
+
+def without_contribution(mixed: MixedLayers, path: str, cost: CostModel) -> Tensor:
+    """The base output of the same step, through the same products, so that both carry the same rounding of x W0ᵀ."""
+    rows, layer = mixed.bank.modules[path], mixed.layers[path]
+    kept = rows.out_rows_NO.clone()
+    rows.out_rows_NO[2:] = 0
+    for version in mixed.adapters:
+        place = mixed.bank.pages_of(version)[path]
+        rows.out_rows_NO[place.scale] = 1
+        if place.bias and layer.bias_O is not None:
+            rows.out_rows_NO[place.bias] = layer.bias_O
+    y0 = mixed.output(path, cost)
+    rows.out_rows_NO.copy_(kept)
+    return y0
+
+
+@pytest.mark.parametrize("cost", MODES, ids=["row", "weight", "merged", "mixed"])
+@pytest.mark.parametrize("path", SHAPES)
+def test_dropping_an_adapter_or_swapping_two_is_far_outside_the_bound(
+    path: str, cost: CostModel
+) -> None:
+    mixed = mixed_layers(
+        seed=2, shapes=SHAPES, adapters=MIX, segments=SEGMENTS, dtype=torch.float32, size=1e-2
+    )
+    y0 = without_contribution(mixed, path, cost)
+    assert own_error(mixed, path, y0, y0) > 0.5, "an ignored adapter must not pass"
+    swap = list(mixed.adapters)
+    swapped = MixedLayers(
+        mixed.layers,
+        mixed.bank,
+        mixed.adapters,
+        [(count, who and swap[(swap.index(who) + 2) % len(swap)]) for count, who in mixed.segments],
+        mixed.x,
+    )
+    assert own_error(mixed, path, swapped.output(path, cost), y0) > 0.5
+
+
+@pytest.mark.parametrize("cost", MODES, ids=["row", "weight", "merged", "mixed"])
+@pytest.mark.parametrize("value", [3e38, -3e38, float("nan"), float("inf")])
+@pytest.mark.parametrize("family", ["flora", "flora0", "lora", "dora", "ia3_in", "bias"])
+def test_a_broken_neighbour_leaves_the_healthy_ones_bits_alone(
+    family: str, value: float, cost: CostModel
+) -> None:
+    mixed = mixed_layers(
+        seed=3,
+        shapes=SHAPES,
+        adapters=[{path: (family, 3) for path in SHAPES}, *MIX],
+        segments=[(4, 0), (4, 1), (3, None), (4, 3), (20, 0), (20, 2), (1, 4)],
+        dtype=torch.float32,
+    )
+    healthy = torch.ones(56, dtype=torch.bool)
+    healthy[:4] = healthy[15:35] = False
+    broken = next(iter(mixed.adapters))
+    for path in SHAPES:
+        before = mixed.output(path, cost)
+        rows, place = mixed.bank.modules[path], mixed.bank.pages_of(broken)[path]
+        rows.in_rows_NI[list(place.in_pages)] = value
+        rows.out_rows_NO[list(place.out_pages)] = value
+        after = mixed.output(path, cost)
+        assert not torch.equal(before[~healthy], after[~healthy])
+        assert torch.equal(before[healthy], after[healthy])
+
+
+@pytest.mark.parametrize("cost", MODES, ids=["row", "weight", "merged", "mixed"])
+def test_gradients_equal_those_of_the_materialised_weights(cost: CostModel) -> None:
+    mixed = mixed_layers(
+        seed=4,
+        shapes={"first": (12, 10)},
+        adapters=[{"first": ("flora", 3)}, {"first": ("flora0", 2)}, {"first": ("lora", 4)}],
+        segments=[(5, 0), (2, None), (6, 1), (7, 2), (3, 0)],
+        dtype=torch.float64,
+    )
+    rows = mixed.bank.modules["first"]
+    leaves = (
+        mixed.x["first"].requires_grad_(),
+        rows.in_rows_NI.requires_grad_(),
+        rows.out_rows_NO.requires_grad_(),
+    )
+    pull = torch.randn(23, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad((mixed.output("first", cost) * pull).sum(), leaves)
+
+    adapters = {}
+    for version in mixed.adapters:
+        place = mixed.bank.pages_of(version)["first"]
+        ins, outs = rows.in_rows_NI, rows.out_rows_NO
+        old = mixed.adapters[version].modules["first"]
+        adapters[version] = AdapterRows({
+            "first": type(old)(
+                mul_a_RO=outs[list(place.mul_out)] if old.num_mul else None,
+                mul_b_RI=ins[list(place.mul_in)] if old.num_mul else None,
+                add_q_EO=outs[list(place.add_out)] if old.num_add else None,
+                add_p_EI=ins[list(place.add_in)] if old.num_add else None,
+                add_gate=old.add_gate,
+                offset=old.offset,
+            )
+        })  # fmt: skip
+    twin = MixedLayers(mixed.layers, mixed.bank, adapters, mixed.segments, mixed.x)
+    wanted = torch.autograd.grad((twin.reference("first") * pull).sum(), leaves)
+    for ours, reference in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_mode_follows_cost_long_runs_of_many_rows_are_worth_a_weight() -> None:
+    cost = CostModel(build_rows=50, build_rows_per_rank=0.5)
+    assert cost.prefers_weight_mode(num_tokens=100, num_mul=8, offset=1)
+    assert not cost.prefers_weight_mode(num_tokens=1, num_mul=8, offset=1)
+    assert not cost.prefers_weight_mode(num_tokens=10_000, num_mul=1, offset=1)
+    assert not cost.prefers_weight_mode(num_tokens=10_000, num_mul=0, offset=1)
