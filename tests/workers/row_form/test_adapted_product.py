@@ -24,7 +24,7 @@ SHAPES = {"first": (24, 40), "second": (40, 24)}
 
 
 def own_error(mixed: MixedLayers, path: str, y: Tensor, y0: Tensor) -> float:
-    """The largest per-token error relative to what the adapter itself adds, where that is 1e-3 of the output or more."""
+    """The largest per-token error relative to what the adapter adds, where that is 1e-3 of the output or more."""
     added = y.double() - y0.double()
     ref0 = mixed.reference(path, with_adapters=False)
     wanted = mixed.reference(path) - ref0
