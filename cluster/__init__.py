@@ -1,1 +1,4 @@
-"""Who holds what: placement, demand and the table that routers read. Pure Python with a clock passed in, and thin Ray actors."""
+"""Who holds what: placement, demand, and the table that routers read.
+
+Pure Python with a clock passed in, and thin Ray actors.
+"""

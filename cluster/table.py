@@ -29,6 +29,14 @@ class AdapterFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class DemandSample:
+    """What one router sent to one version since its last report."""
+
+    requests: int
+    work: float  # rank-weighted tokens
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """One heartbeat from a replica. `work` is rank-weighted tokens queued and running."""
 
@@ -50,15 +58,19 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaOrders:
-    """The answer to a heartbeat: what the replica should hold, most wanted first."""
+    """The answer to a heartbeat: what the replica should hold, most wanted first, and what of it must stay."""
 
     epoch: int
     wanted: tuple[AdapterVersion, ...] = ()
+    pinned: frozenset[AdapterVersion] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementTable:
-    """Valid until a table with a higher epoch is seen. `holders` are replica ids in order of preference."""
+    """Valid until a table with a higher epoch is seen. `holders` are replica ids in order of preference.
+
+    `work` and `residents` move with every heartbeat and do not raise the epoch.
+    """
 
     epoch: int = 0
     base_id: str = ""
@@ -66,7 +78,18 @@ class PlacementTable:
     holders: Mapping[AdapterVersion, tuple[str, ...]] = field(default_factory=dict)
     facts: Mapping[AdapterVersion, AdapterFacts] = field(default_factory=dict)
     work: Mapping[str, float] = field(default_factory=dict)  # live replicas → rank-weighted tokens
+    residents: Mapping[AdapterVersion, tuple[str, ...]] = field(default_factory=dict)  # on a device
 
     @property
     def replicas(self) -> tuple[str, ...]:
         return tuple(sorted(self.work))
+
+
+@dataclass(frozen=True, slots=True)
+class TableUpdate:
+    """The answer to a reader's poll. `table` is None when the reader already has this epoch."""
+
+    epoch: int
+    table: PlacementTable | None
+    work: Mapping[str, float]
+    residents: Mapping[AdapterVersion, tuple[str, ...]]

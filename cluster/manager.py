@@ -1,0 +1,301 @@
+"""The placement manager: what the cluster should look like, from what replicas, routers and the registry report.
+
+Pure: no Ray, no threads, no I/O; time comes from the clock passed in. `cluster/actor.py` runs it. A manager that dies
+is rebuilt from the registry and from the replicas' next heartbeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config import ClusterSettings
+from cluster.demand import DemandRate, DemandTracker
+from cluster.placement import Placement, ReplicaSpace, WantedAdapter, copies_wanted, place
+from cluster.table import (
+    AdapterFacts,
+    AliasKey,
+    DemandSample,
+    PlacementTable,
+    ReplicaOrders,
+    ReplicaReport,
+    TableUpdate,
+)
+from storage.identity import AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    report: ReplicaReport
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """How many holders a version has a right to; fewer only after wanting fewer for some ticks."""
+
+    count: int
+    ticks_below: int = 0
+
+    def next(self, count: int, patience: int) -> _Copies:
+        if count >= self.count:
+            return _Copies(count)
+        if self.ticks_below + 1 >= patience:
+            return _Copies(count)
+        return _Copies(self.count, self.ticks_below + 1)
+
+
+class PlacementManager:
+    """Holds the placement table. Not thread-safe: one caller at a time.
+
+    Args:
+        settings: periods, bounds and shares.
+        base_id: what users call the base model; copied into the table.
+        first_epoch: above every epoch of a predecessor, e.g. milliseconds since 1970.
+        clock: seconds; only differences matter.
+    """
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        base_id: str,
+        first_epoch: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._demand = DemandTracker(settings.demand_halflife_s, clock)
+        self._replicas: dict[str, _Seen] = {}
+        self._desired: Mapping[AliasKey, AdapterVersion] = {}
+        self._facts: Mapping[AdapterVersion, AdapterFacts] = {}
+        self._serving: dict[AliasKey, AdapterVersion] = {}
+        self._placement = Placement()
+        self._copies: dict[AdapterVersion, _Copies] = {}
+        self._table = PlacementTable(epoch=first_epoch, base_id=base_id)
+
+    # -- what the world reports ------------------------------------------------------------------
+
+    def heartbeat(self, report: ReplicaReport) -> ReplicaOrders:
+        """Take one replica's report; answer what it should hold. A new replica gets its part of the plan at once."""
+        before = self._replicas.get(report.replica_id)
+        self._replicas[report.replica_id] = _Seen(report, self._clock())
+        if before is None or before.report.rows != report.rows:
+            self.tick()
+        return self._orders(report.replica_id)
+
+    def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
+        """Take one router's report of what it was asked for since its last one."""
+        self._demand.observe(demand)
+
+    def set_registry(
+        self,
+        desired: Mapping[AliasKey, AdapterVersion],
+        facts: Mapping[AdapterVersion, AdapterFacts],
+    ) -> PlacementTable:
+        """Take the registry's word: where each alias should point, and the size of every version named there.
+
+        A new alias serves at once, a deleted one no longer; a moved one after its new version is warm (see `tick`).
+        """
+        self._desired = dict(desired)
+        self._facts = dict(facts)
+        return self.tick()
+
+    # -- what the world may ask ------------------------------------------------------------------
+
+    def tick(self) -> PlacementTable:
+        """Recompute the plan. The table returned has a new epoch only if something in it changed."""
+        self.expire()
+        self._follow_registry()
+        self._count_copies()
+        wanted = self._wanted()
+        warming = self._warming(wanted)
+        previous = self._beside_predecessors(warming)
+        self._placement = place([*wanted, *warming], self._spaces(), previous, self._settings)
+        if self._promote_warm():
+            # Who served until now is wanted no more, and its successor has its demand.
+            self._placement = place(self._wanted(), self._spaces(), self._placement, self._settings)
+        return self._publish()
+
+    def expire(self) -> bool:
+        """Forget replicas that missed their heartbeats. True if there were any."""
+        silence_s = self._settings.heartbeat_s * self._settings.missed_heartbeats
+        deadline_s = self._clock() - silence_s
+        dead = [r for r, seen in self._replicas.items() if seen.at_s < deadline_s]
+        for replica_id in dead:
+            del self._replicas[replica_id]
+        return bool(dead)
+
+    def poll(self, known_epoch: int) -> TableUpdate:
+        """What a reader that has `known_epoch` still needs. Dead replicas are gone from the answer."""
+        if self.expire():
+            self.tick()
+        if known_epoch > self._table.epoch:  # a predecessor on a faster clock got further
+            self._table = replace(self._table, epoch=known_epoch + 1)
+        table = self.table()
+        is_current = known_epoch == table.epoch
+        return TableUpdate(table.epoch, None if is_current else table, table.work, table.residents)
+
+    def table(self) -> PlacementTable:
+        """The table of the present epoch, with work and residents as last reported."""
+        residents: dict[AdapterVersion, tuple[str, ...]] = {}
+        for replica_id, seen in sorted(self._replicas.items()):
+            for version in seen.report.device:
+                residents[version] = (*residents.get(version, ()), replica_id)
+        work = {replica_id: seen.report.work for replica_id, seen in self._replicas.items()}
+        return replace(self._table, work=work, residents=residents)
+
+    def reports(self) -> tuple[ReplicaReport, ...]:
+        """The last report of every live replica."""
+        return tuple(seen.report for _, seen in sorted(self._replicas.items()))
+
+    @property
+    def placement(self) -> Placement:
+        return self._placement
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the plan or the table contradicts what was reported."""
+        rows: dict[str, int] = dict.fromkeys(self._replicas, 0)
+        for version, holders in self._placement.holders.items():
+            assert holders and len(set(holders)) == len(holders), (version, holders)
+            for replica_id in holders:
+                if replica_id in rows:
+                    rows[replica_id] += self._facts[version].rows
+        for replica_id, used in rows.items():
+            capacity = self._replicas[replica_id].report.rows
+            assert used <= capacity, f"{replica_id}: {used} rows planned of {capacity}"
+        assert set(self._serving) == set(self._desired), (
+            "an alias serves nothing, or a dead one does"
+        )
+        assert self._table.serving == self._serving
+        assert self._table.holders == self._placement.holders
+
+    # -- aliases ---------------------------------------------------------------------------------
+
+    def _follow_registry(self) -> None:
+        """New aliases serve; deleted ones do not; moved ones flip here unless someone holds what they serve."""
+        serving = {}
+        for key, desired in self._desired.items():
+            current = self._serving.get(key, desired)
+            serving[key] = current if self._is_held(current) else desired
+        self._serving = serving
+
+    def _is_held(self, version: AdapterVersion) -> bool:
+        return version in self._facts and any(
+            replica_id in self._replicas for replica_id in self._placement.holders.get(version, ())
+        )
+
+    def _moves(self) -> dict[AdapterVersion, AdapterVersion]:
+        """Successor → predecessor, of all aliases on their way to a new version."""
+        return {
+            desired: self._serving[key]
+            for key, desired in self._desired.items()
+            if self._serving[key] != desired
+        }
+
+    def _warming(self, wanted: Sequence[WantedAdapter]) -> list[WantedAdapter]:
+        """Successors nobody asks for yet, as wanted as their predecessors and on as many replicas."""
+        work = {item.version: item.work for item in wanted}
+        return [
+            WantedAdapter(
+                new,
+                self._facts[new].rows,
+                work.get(old, 0.0),
+                copies=len(self._placement.holders[old]),
+                replaces=old,
+            )
+            for new, old in self._moves().items()
+            if new not in work
+        ]
+
+    def _beside_predecessors(self, warming: Sequence[WantedAdapter]) -> Placement:
+        """The last plan, with each successor that is new to it as if it were where its predecessor is."""
+        moves, holders = self._moves(), dict(self._placement.holders)
+        for item in warming:
+            holders.setdefault(item.version, holders[moves[item.version]])
+        return replace(self._placement, holders=holders)
+
+    def _promote_warm(self) -> bool:
+        """Flip aliases to successors that all their holders have loaded, or that fit only in the old one's place."""
+        ready = {
+            new: old
+            for new, old in self._moves().items()
+            if self._is_warm(new) or new in self._placement.no_room
+        }
+        for key, desired in self._desired.items():
+            if desired in ready:
+                self._serving[key] = desired
+        for new, old in ready.items():
+            if old not in self._serving.values():
+                ratio = self._facts[new].work_per_token / self._facts[old].work_per_token
+                self._demand.inherit(old, new, ratio)
+                self._copies[new] = self._copies.pop(old, _Copies(1))
+        return bool(ready)
+
+    def _is_warm(self, version: AdapterVersion) -> bool:
+        holders = self._placement.holders.get(version, ())
+        return bool(holders) and all(version in self._replicas[r].report.device for r in holders)
+
+    # -- the plan --------------------------------------------------------------------------------
+
+    def _spaces(self) -> list[ReplicaSpace]:
+        return [
+            ReplicaSpace(replica_id, seen.report.rows, frozenset(seen.report.device))
+            for replica_id, seen in self._replicas.items()
+        ]
+
+    def _rates(self) -> dict[AdapterVersion, DemandRate]:
+        rates = self._demand.rates()
+        return {version: rate for version, rate in rates.items() if version in self._facts}
+
+    def _count_copies(self) -> None:
+        """How many holders each version should have from this tick on."""
+        rates = self._rates()
+        total = sum(rate.work for rate in rates.values())
+        share, patience = self._settings.work_share_per_holder, self._settings.shrink_after_ticks
+        copies = {}
+        for version, rate in rates.items():
+            count = copies_wanted(rate.work, total, len(self._replicas), share)
+            copies[version] = self._copies.get(version, _Copies(count)).next(count, patience)
+        self._copies = copies
+
+    def _wanted(self) -> list[WantedAdapter]:
+        """Every version with demand."""
+        return [
+            WantedAdapter(version, self._facts[version].rows, rate.work, copies.count)
+            for version, rate in self._rates().items()
+            if (copies := self._copies.get(version))
+        ]
+
+    def _orders(self, replica_id: str) -> ReplicaOrders:
+        """What one replica should hold. Pins leave room for the largest adapter anybody may ask it for."""
+        seen = self._replicas[replica_id]
+        mine = [
+            version
+            for version, holders in self._placement.holders.items()
+            if replica_id in holders
+            and (version in seen.report.device or (version, replica_id) in self._placement.prefetch)
+        ]
+        capacity = seen.report.rows
+        sizes = (facts.rows for facts in self._facts.values() if facts.rows <= capacity)
+        left = capacity - max(sizes, default=0)
+        pinned = set()
+        for version in mine:
+            rows = self._facts[version].rows
+            if rows <= left:
+                left -= rows
+                pinned.add(version)
+        return ReplicaOrders(self._table.epoch, tuple(mine), frozenset(pinned))
+
+    def _publish(self) -> PlacementTable:
+        """The table, under a new epoch if it says anything new."""
+        named = {*self._serving.values(), *self._placement.holders}
+        fresh = replace(
+            self._table,
+            serving=dict(self._serving),
+            holders=dict(self._placement.holders),
+            facts={version: self._facts[version] for version in sorted(named)},
+            work=dict.fromkeys(sorted(self._replicas), 0.0),
+        )
+        if fresh != self._table:
+            self._table = replace(fresh, epoch=self._table.epoch + 1)
+        return self.table()

@@ -1,0 +1,241 @@
+"""Placement's promises, driven by hypothesis with random adapters, replicas and histories."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import ClusterSettings
+from cluster.placement import (
+    HOLDER_SLACK,
+    MOVES_PER_TICK,
+    Placement,
+    ReplicaSpace,
+    WantedAdapter,
+    copies_wanted,
+    place,
+)
+from cluster.rendezvous import preference, weight
+from storage.identity import AdapterVersion, sha256_hex
+
+SETTINGS = ClusterSettings()
+
+
+def version(index: int) -> AdapterVersion:
+    return AdapterVersion(sha256_hex(f"adapter {index}".encode()))
+
+
+def adapter(index: int, rows: int = 1, work: float = 1.0, copies: int = 1) -> WantedAdapter:
+    return WantedAdapter(version(index), rows, work, copies)
+
+
+def spaces(count: int, rows: int) -> list[ReplicaSpace]:
+    return [ReplicaSpace(f"replica-{index}", rows) for index in range(count)]
+
+
+adapters = st.lists(
+    st.tuples(st.integers(0, 24), st.floats(0.01, 100.0), st.integers(1, 4)), max_size=20
+).map(lambda drawn: [adapter(i, *values) for i, values in enumerate(drawn)])
+replicas = st.lists(st.integers(0, 24), max_size=6).map(
+    lambda rows: [ReplicaSpace(f"replica-{i}", r) for i, r in enumerate(rows)]
+)
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[list[WantedAdapter], list[ReplicaSpace], Placement]:
+    """Adapters, replicas with some of them resident, and a previous plan that may name replicas long gone."""
+    wanted, empty = draw(adapters), draw(replicas)
+    names = [f"replica-{index}" for index in range(8)]
+    some = st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True)
+    holders = {item.version: tuple(draw(some)) for item in wanted if draw(st.booleans())}
+    pairs = [(v, r) for v, held in holders.items() for r in held]
+    prefetch = frozenset(pair for pair in pairs if draw(st.booleans()))
+    filled = [
+        replace(
+            space,
+            resident=frozenset(item.version for item in wanted if draw(st.booleans())),
+        )
+        for space in empty
+    ]
+    return wanted, filled, Placement(holders, prefetch)
+
+
+def rows_of(plan: Placement, wanted: list[WantedAdapter]) -> dict[str, int]:
+    used: dict[str, int] = {}
+    for item in wanted:
+        for replica_id in plan.holders.get(item.version, ()):
+            used[replica_id] = used.get(replica_id, 0) + item.rows
+    return used
+
+
+def load_of(plan: Placement, wanted: list[WantedAdapter]) -> dict[str, float]:
+    load: dict[str, float] = {}
+    for item in wanted:
+        for replica_id in plan.holders.get(item.version, ()):
+            load[replica_id] = load.get(replica_id, 0.0) + item.share
+    return load
+
+
+@given(situations())
+def test_no_replica_is_planned_over_its_rows(situation) -> None:
+    wanted, live, previous = situation
+    plan = place(wanted, live, previous, SETTINGS)
+    capacity = {space.replica_id: space.rows for space in live}
+    for replica_id, used in rows_of(plan, wanted).items():
+        assert used <= capacity[replica_id]
+
+
+@given(situations())
+def test_every_adapter_is_placed_or_named_and_who_is_left_out_fits_nowhere(situation) -> None:
+    wanted, live, previous = situation
+    plan = place(wanted, live, previous, SETTINGS)
+    assert sorted([*plan.holders, *plan.too_large, *plan.no_room]) == sorted(
+        item.version for item in wanted
+    )
+    used = rows_of(plan, wanted)
+    by_version = {item.version: item for item in wanted}
+    for left_out in plan.too_large:
+        assert all(by_version[left_out].rows > space.rows for space in live)
+    for left_out in plan.no_room:
+        for space in live:
+            budget = int(space.rows * SETTINGS.pinned_fraction)
+            assert used.get(space.replica_id, 0) + by_version[left_out].rows > budget
+
+
+@given(situations())
+def test_an_adapter_has_at_most_its_copies_each_on_another_replica(situation) -> None:
+    wanted, live, previous = situation
+    plan = place(wanted, live, previous, SETTINGS)
+    for item in wanted:
+        holders = plan.holders.get(item.version, ())
+        assert len(set(holders)) == len(holders) <= item.copies
+
+
+@given(situations(), st.randoms())
+def test_the_plan_depends_on_nothing_but_its_inputs(situation, rng: random.Random) -> None:
+    wanted, live, previous = situation
+    plan = place(wanted, live, previous, SETTINGS)
+    rng.shuffle(wanted)
+    rng.shuffle(live)
+    assert place(wanted, live, previous, SETTINGS) == plan
+
+
+@given(situations(), st.integers(1, 5))
+def test_new_prefetches_stay_within_the_loads_of_a_tick(situation, limit: int) -> None:
+    wanted, live, previous = situation
+    settings = ClusterSettings(max_loads_per_tick=limit)
+    plan = place(wanted, live, previous, settings)
+    resident = {(v, space.replica_id) for space in live for v in space.resident}
+    assert len(plan.prefetch - previous.prefetch) <= limit
+    assert not plan.prefetch & resident
+    assert all(replica_id in plan.holders[v] for v, replica_id in plan.prefetch)
+
+
+@given(adapters, st.integers(1, 6))
+def test_single_copies_are_spread_within_the_load_bound(wanted, count: int) -> None:
+    wanted = [replace(item, copies=1) for item in wanted]
+    plan = place(wanted, spaces(count, rows=10_000), Placement(), SETTINGS)
+    mean = sum(item.work for item in wanted) / count
+    heaviest = max((item.share for item in wanted), default=0.0)
+    for load in load_of(plan, wanted).values():
+        assert load <= max(SETTINGS.load_slack * mean, mean + heaviest) * (1 + 1e-9)
+
+
+@given(adapters, st.integers(2, 6), st.integers(0, 5))
+def test_when_a_replica_leaves_only_its_own_adapters_move(wanted, count: int, who: int) -> None:
+    wanted = [replace(item, copies=1) for item in wanted]
+    before = place(wanted, spaces(count, rows=10_000), Placement(), SETTINGS)
+    left = [s for s in spaces(count, rows=10_000) if s.replica_id != f"replica-{who % count}"]
+    after = place(wanted, left, before, SETTINGS)
+    gone = f"replica-{who % count}"
+    moved = [
+        v for v, held in before.holders.items() if gone not in held and after.holders[v] != held
+    ]
+    # A replica far above the mean gives some of its load to the others, as in any tick.
+    mean = sum(item.work for item in wanted) / len(left)
+    overloaded = {r for r, load in load_of(before, wanted).items() if load > HOLDER_SLACK * mean}
+    moved = [v for v in moved if not overloaded.intersection(before.holders[v])]
+    assert len(moved) <= MOVES_PER_TICK
+
+
+@given(adapters, st.integers(2, 6))
+def test_a_replica_that_joins_takes_a_few_adapters_and_moves_no_others(wanted, count) -> None:
+    wanted = [replace(item, copies=1, work=1.0) for item in wanted]
+    live = spaces(count, rows=10_000)
+    before = place(wanted, live, Placement(), SETTINGS)
+    joined = [*live, ReplicaSpace("joiner", 10_000)]
+    after = place(wanted, joined, before, SETTINGS)
+    moved = [v for v in before.holders if after.holders[v] != before.holders[v]]
+    assert len(moved) <= MOVES_PER_TICK
+    assert all(after.holders[v] == ("joiner",) for v in moved)
+
+
+def test_a_plan_that_nothing_disturbs_stays_as_it_is() -> None:
+    rng = random.Random(1)
+    wanted = [
+        adapter(i, rng.randint(1, 8), rng.uniform(1, 9), rng.choice([1, 1, 3])) for i in range(40)
+    ]
+    live = spaces(4, rows=80)
+    plan = place(wanted, live, Placement(), SETTINGS)
+    for _ in range(60):  # rebalancing may go on for some ticks, then it must end
+        plan = place(wanted, live, plan, SETTINGS)
+    assert place(wanted, live, plan, SETTINGS) == plan
+
+
+def test_residents_stay_where_they_are_when_the_plan_was_lost() -> None:
+    wanted = [adapter(index, copies=1) for index in range(8)]
+    live = spaces(4, rows=100)
+    first = place(wanted, live, Placement(), SETTINGS)
+    loaded = [
+        replace(
+            space,
+            resident=frozenset(v for v, held in first.holders.items() if space.replica_id in held),
+        )
+        for space in live
+    ]
+    assert place(wanted, loaded, Placement(), SETTINGS).holders == first.holders
+
+
+def test_a_hot_adapter_is_prefetched_on_several_replicas_and_a_cold_one_on_none() -> None:
+    hot, cold = adapter(0, rows=2, work=90.0, copies=3), adapter(1, rows=2, work=1.0)
+    plan = place([hot, cold], spaces(3, rows=10), Placement(), SETTINGS)
+    assert len(plan.holders[hot.version]) == 3
+    assert {v for v, _ in plan.prefetch} == {hot.version}
+    assert len(plan.holders[cold.version]) == 1
+
+
+def test_rows_go_to_those_who_use_them_most() -> None:
+    thin, fat = adapter(0, rows=1, work=10.0), adapter(1, rows=8, work=12.0)
+    plan = place([thin, fat], spaces(1, rows=8), Placement(), SETTINGS)
+    assert plan.holders == {thin.version: ("replica-0",)}
+    assert plan.no_room == (fat.version,)
+
+
+def test_an_adapter_larger_than_the_planned_part_may_have_a_bank_to_itself() -> None:
+    alone = adapter(0, rows=10)
+    plan = place([alone], spaces(1, rows=10), Placement(), SETTINGS)
+    assert plan.holders == {alone.version: ("replica-0",)}
+
+
+def test_without_replicas_everything_is_left_out_by_name() -> None:
+    plan = place([adapter(0)], [], Placement(), SETTINGS)
+    assert plan.holders == {} and plan.too_large == (version(0),)
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"), [(0.0, 1), (1.0, 1), (15.0, 1), (16.0, 2), (100.0, 7), (400.0, 8)]
+)
+def test_one_more_holder_for_each_share_of_a_replicas_part(work: float, expected: int) -> None:
+    assert copies_wanted(work, total_work=800.0, num_replicas=8, share=0.15) == expected
+
+
+def test_preference_is_the_same_everywhere_and_ignores_who_else_is_there() -> None:
+    assert weight(AdapterVersion("a" * 64), "replica-1") == 5902257356416569485
+    names = [f"replica-{index}" for index in range(10)]
+    order = preference(version(3), names)
+    assert preference(version(3), reversed(names)) == order
+    assert preference(version(3), names[:5]) == [name for name in order if name in names[:5]]

@@ -1,0 +1,72 @@
+"""The order in which a request tries the replicas."""
+
+from __future__ import annotations
+
+import pytest
+from clocks import ManualClock
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.rendezvous import preference
+from cluster.routing import MEMORY_S, AssignedWork, routing_order
+from cluster.table import PlacementTable
+from storage.identity import AdapterVersion
+
+ONE = AdapterVersion("1" * 64)
+names = st.sampled_from("abcdef")
+
+
+@given(
+    candidates=st.sets(names, min_size=1),
+    holders=st.lists(names, unique=True),
+    residents=st.lists(names, unique=True),
+    work=st.dictionaries(names, st.floats(0, 100)),
+    version=st.sampled_from([None, ONE]),
+)
+def test_every_candidate_is_tried_exactly_once_whatever_the_table_says(
+    candidates, holders, residents, work, version
+) -> None:
+    table = PlacementTable(
+        holders={ONE: tuple(holders)}, residents={ONE: tuple(residents)}, work=work
+    )
+    order = routing_order(version, candidates, table, {})
+    assert sorted(order) == sorted(candidates)
+
+
+def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_rest() -> None:
+    table = PlacementTable(
+        holders={ONE: ("loading", "busy", "idle")},
+        residents={ONE: ("busy", "idle", "lucky", "gone")},
+        work={"busy": 90.0, "idle": 10.0},
+    )
+    candidates = ["x", "y", "lucky", "busy", "loading", "idle"]
+    order = routing_order(ONE, candidates, table, {})
+    assert order == ["idle", "busy", "lucky", "loading", *preference(ONE, ["x", "y"])]
+
+
+def test_an_adapter_nobody_holds_goes_to_one_place_whoever_is_busy() -> None:
+    candidates = ["a", "b", "c"]
+    table = PlacementTable(work={"a": 100.0, "b": 0.0, "c": 50.0})
+    assert routing_order(ONE, candidates, table, {"b": 5.0}) == preference(ONE, candidates)
+
+
+def test_the_base_model_goes_to_the_least_busy() -> None:
+    table = PlacementTable(work={"a": 10.0, "b": 0.0, "c": 5.0})
+    assert routing_order(None, ["a", "b", "c"], table, {}) == ["b", "c", "a"]
+
+
+def test_work_assigned_since_the_last_heartbeat_counts() -> None:
+    table = PlacementTable(holders={ONE: ("a", "b")}, residents={ONE: ("a", "b")})
+    assert routing_order(ONE, ["a", "b"], table, {"a": 30.0}) == ["b", "a"]
+
+
+def test_assigned_work_fades_can_be_taken_back_and_forgets_who_is_gone() -> None:
+    clock = ManualClock()
+    assigned = AssignedWork(clock)
+    assigned.add("a", 100.0)
+    assigned.add("b", 40.0)
+    assigned.add("b", -40.0)
+    assert assigned.by_replica({"a", "b"}) == {"a": 100.0, "b": 0.0}
+    clock.advance(MEMORY_S)
+    assert assigned.by_replica({"a"}) == {"a": pytest.approx(100.0 / 2.718281828)}
+    assert assigned.by_replica({"a", "b"}).keys() == {"a"}
