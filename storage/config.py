@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +21,7 @@ class StorageSettings(BaseModel):
         default=None, description="Another S3 API than AWS's, e.g. http://127.0.0.1:9000."
     )
     s3_region: str = Field(default="us-east-1")
-    s3_addressing: str = Field(default="path", pattern="^(path|virtual|auto)$")
+    s3_addressing: Literal["path", "virtual", "auto"] = "path"
     s3_timeout_s: float = Field(default=10.0, gt=0, le=300)
     cache_dir: Path = Field(
         default=Path("~/.flora/cache"), description="Content-addressed disk cache of blobs."

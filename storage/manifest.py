@@ -74,3 +74,16 @@ class AliasRecord(BaseModel):
 
     version: str = Field(pattern="^[0-9a-f]{64}$")
     generation: int = Field(ge=1)
+
+
+class Tombstone(BaseModel):
+    """`adapters/<tenant>/<name>/tombstone.json`: what a delete took away; one write, so a delete is atomic.
+
+    A listed version is gone until it is published again; an alias is gone up to the listed generation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    versions: tuple[str, ...] = ()
+    aliases: dict[str, int] = {}
+    deleted_s: float = Field(description="Seconds since the epoch, of the last delete.")

@@ -5,9 +5,12 @@ Knows nothing of adapters. Implementations: `LocalObjectStore` (a directory) and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+_KEY_PART = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class PreconditionFailedError(Exception):
@@ -35,9 +38,19 @@ class ObjectInfo:
     modified_s: float
 
 
+def checked_key(key: str) -> str:
+    """An object's key, unchanged. Raises ValueError: a bad key is a mistake of the caller, not of a user."""
+    parts = key.split("/")
+    if not all(_KEY_PART.fullmatch(part) and part not in {".", ".."} for part in parts):
+        raise ValueError(f"{key!r} is not an object key")
+    return key
+
+
 @runtime_checkable
 class ObjectStore(Protocol):
-    """Keys are `/`-separated, of `[A-Za-z0-9._-]` parts, never absolute and never with a `..` part.
+    """Keys are `/`-separated, of `[A-Za-z0-9._-]` parts, never absolute and never with a `.` or `..` part, and no
+    key is the folder of another. An etag names an object's content, so a state that comes back has its old etag:
+    whoever must tell the two apart puts a counter into the object, as aliases do.
 
     Every method raises `StoreUnavailableError` when the store cannot be reached, and is safe to call from any
     thread or process. A write that returned is durable; a write that died half-way left the old state.

@@ -1,0 +1,68 @@
+"""Where the registry keeps what, as keys of the object store."""
+
+from __future__ import annotations
+
+import re
+
+from storage.identity import AdapterName, AdapterVersion
+
+GENERATION = "index/generation"
+
+_NAME = "[a-z0-9][a-z0-9._-]{0,63}"
+_ADAPTER = f"adapters/(?P<tenant>{_NAME})/(?P<name>{_NAME})"
+_MANIFEST = re.compile(rf"{_ADAPTER}/versions/(?P<stem>[0-9a-f]{{64}})\.json")
+_TOMBSTONE = re.compile(rf"{_ADAPTER}/tombstone\.json")
+_ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{_NAME})\.json")
+
+
+def blob(sha256: str) -> str:
+    return f"blobs/sha256/{sha256}"
+
+
+def tenant_folder(tenant: str | None) -> str:
+    """All adapters of one tenant, or with None of every tenant."""
+    return "adapters/" if tenant is None else f"adapters/{tenant}/"
+
+
+def adapter_folder(name: AdapterName) -> str:
+    return f"adapters/{name.tenant}/{name.name}/"
+
+
+def versions_folder(name: AdapterName) -> str:
+    return f"{adapter_folder(name)}versions/"
+
+
+def aliases_folder(name: AdapterName) -> str:
+    return f"{adapter_folder(name)}aliases/"
+
+
+def manifest(name: AdapterName, version: AdapterVersion) -> str:
+    return f"{versions_folder(name)}{version}.json"
+
+
+def alias(name: AdapterName, alias_name: str) -> str:
+    return f"{aliases_folder(name)}{alias_name}.json"
+
+
+def tombstone(name: AdapterName) -> str:
+    return f"{adapter_folder(name)}tombstone.json"
+
+
+def parse_manifest(key: str) -> tuple[AdapterName, AdapterVersion] | None:
+    """Whose manifest a key below `adapters/` is; None for any other object, such as one put there by hand."""
+    found = _MANIFEST.fullmatch(key)
+    if found is None:
+        return None
+    return AdapterName(found["tenant"], found["name"]), AdapterVersion(found["stem"])
+
+
+def parse_tombstone(key: str) -> AdapterName | None:
+    """Whose tombstone a key below `adapters/` is; None for any other object."""
+    found = _TOMBSTONE.fullmatch(key)
+    return None if found is None else AdapterName(found["tenant"], found["name"])
+
+
+def parse_alias(key: str) -> str | None:
+    """The alias a key under `aliases/` is the record of; None for any other object."""
+    found = _ALIAS.fullmatch(key)
+    return None if found is None else found["stem"]

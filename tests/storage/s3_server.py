@@ -1,0 +1,70 @@
+"""A real S3 API over HTTP for tests: moto's server, on a free port of this machine, that can be told to fail."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
+from werkzeug.serving import make_server
+
+_Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An answer instead of the real one, or with `applied` after the request was carried out: a lost answer."""
+
+    status: str  # "503 Slow Down"
+    code: str
+    applied: bool = False
+
+
+@dataclass
+class S3Server:
+    """A running server. `failures` are the answers to the next requests; `requests` what was asked, by method."""
+
+    application: _Application
+    url: str = ""
+    failures: deque[Failure] = field(default_factory=deque)
+    requests: list[str] = field(default_factory=list)
+    # S3 decides each conditional write atomically; moto looks and then writes, so its requests must take turns.
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        with self.turn:
+            self.requests.append(environ["REQUEST_METHOD"])
+            failure = self.failures.popleft() if self.failures else None
+            if failure is None:
+                return list(self.application(environ, start_response))
+            if failure.applied:
+                list(self.application(environ, lambda *_: None))
+            start_response(failure.status, [("Content-Type", "application/xml")])
+            return [f"<Error><Code>{failure.code}</Code><Message/></Error>".encode()]
+
+
+@contextmanager
+def s3_server() -> Iterator[S3Server]:
+    application = S3Server(DomainDispatcherApplication(create_backend_app))
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
+    )
+    application.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield application
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,116 @@
+"""Opening a store: what is refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.config import StorageSettings
+from storage.errors import InvalidRequestError, StoreUnavailableError
+from storage.local_store import LocalObjectStore
+from storage.object_store import ObjectInfo, ObjectStore, StoredObject
+from storage.s3_store import S3ObjectStore
+from storage.stores import check_conditional_writes, open_store
+
+
+class _Passing:
+    """A store in front of another one."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+
+    def get(self, key: str) -> StoredObject:
+        return self.store.get(key)
+
+    def get_range(self, key: str, start: int, stop: int) -> bytes:
+        return self.store.get_range(key, start, stop)
+
+    def put(self, key: str, data: bytes) -> None:
+        self.store.put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes) -> str:
+        return self.store.put_if_absent(key, data)
+
+    def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
+        return self.store.compare_and_swap(key, data, etag)
+
+    def exists(self, key: str) -> bool:
+        return self.store.exists(key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        return self.store.list(prefix)
+
+    def delete(self, key: str) -> None:
+        self.store.delete(key)
+
+
+class _IgnoresIfNoneMatch(_Passing):
+    def put_if_absent(self, key: str, data: bytes) -> str:
+        self.store.put(key, data)
+        return self.store.get(key).etag
+
+
+class _IgnoresIfMatch(_Passing):
+    def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
+        self.store.put(key, data)
+        return self.store.get(key).etag
+
+
+class _CreatesOnIfMatch(_Passing):
+    """Checks the etag of what is there, but takes a missing object for a match."""
+
+    def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
+        if self.store.exists(key):
+            return self.store.compare_and_swap(key, data, etag)
+        return self.store.put_if_absent(key, data)
+
+
+class _ForgetsWrites(_Passing):
+    def get(self, key: str) -> StoredObject:
+        return StoredObject(b"something else", self.store.get(key).etag)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (_IgnoresIfNoneMatch, "If-None-Match"),
+        (_IgnoresIfMatch, "If-Match"),
+        (_CreatesOnIfMatch, "If-Match on a deleted object"),
+        (_ForgetsWrites, "does not return what was written"),
+    ],
+)
+def test_a_store_that_does_not_keep_conditional_writes_is_refused(
+    store: ObjectStore, broken: type[_Passing], told: str
+) -> None:
+    with pytest.raises(StoreUnavailableError, match=told):
+        check_conditional_writes(broken(store))
+    assert list(store.list("probes/")) == []
+
+
+def test_opening_a_good_store_leaves_nothing_behind(settings: StorageSettings) -> None:
+    store = open_store(settings)
+    assert list(store.list("")) == []
+
+
+def test_the_setting_chooses_the_store(
+    local_settings: StorageSettings, s3_settings: StorageSettings
+) -> None:
+    assert isinstance(open_store(local_settings), LocalObjectStore)
+    assert isinstance(open_store(s3_settings), S3ObjectStore)
+
+
+@pytest.mark.parametrize("registry", ["s3://", "s3:///prefix", "gs://bucket", "http://host/path"])
+def test_an_unknown_kind_of_registry_is_refused_by_its_field(registry: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        open_store(StorageSettings(registry=registry))
+    assert refused.value.param == "registry"
+    assert registry in refused.value.message
+
+
+def test_a_registry_directory_that_cannot_be_made_is_told_without_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreUnavailableError, match="cannot be opened") as refused:
+        open_store(StorageSettings(registry=str(tmp_path / "file" / "registry")))
+    assert str(tmp_path) not in refused.value.message
