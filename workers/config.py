@@ -23,7 +23,9 @@ class EngineSettings(BaseModel):
     )
     dtype: Literal["float64", "float32", "bfloat16"] = "bfloat16"
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
-    threads: int = Field(default=0, ge=0, description="CPU threads of the model; 0: all cores.")
+    threads: int = Field(
+        default=0, ge=0, description="CPU threads of the model; 0: all cores, or OMP_NUM_THREADS."
+    )
     max_sequences: int = Field(default=32, ge=1, le=4096, description="Sequences decoded together.")
     max_sequence_tokens: int = Field(
         default=2048, ge=16, description="Prompt and answer together; also the model's own limit."

@@ -160,6 +160,12 @@ class AdapterBank:
             ready = [one for one in self._books.by_version.values() if one.is_ready]
         return tuple(one.version for one in sorted(ready, key=lambda one: one.last_used))
 
+    def references(self) -> dict[AdapterVersion, int]:
+        """How often each adapter in use is held."""
+        with self._lock:
+            held = self._books.by_version.values()
+            return {one.version: one.references for one in held if one.references}
+
     @property
     def resident_slots(self) -> frozenset[int]:
         with self._lock:

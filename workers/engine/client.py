@@ -31,7 +31,7 @@ class EngineLoad:
 
 
 class EngineClient(Protocol):
-    """Every method may be called from any thread and returns at once."""
+    """Every method may be called from any thread; all but `stop` return at once."""
 
     def start(self, on_step: Callable[[StepOutputs], None]) -> None:
         """Begin stepping. `on_step` is called from the engine's own thread, once per step that produced anything."""
@@ -41,6 +41,8 @@ class EngineClient(Protocol):
 
         Raises:
             ContextLengthError: prompt plus max_tokens can never fit.
+            InvalidRequestError: an empty prompt, an unknown token, or a request id that is in use.
+            OverloadedError: the engine is stopping.
         """
 
     def abort(self, request_id: str) -> None:
@@ -57,4 +59,4 @@ class EngineClient(Protocol):
         """The engine steps, or waits for work; false once its thread or process is gone or stuck."""
 
     def stop(self) -> None:
-        """End after the current step; unfinished requests end with `abort`."""
+        """End after the current step, and wait for that; unfinished requests end with `abort`."""

@@ -13,7 +13,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-sequence or stop token
     LENGTH = "length"
     ABORT = "abort"  # the client went away, or a deadline passed
-    ERROR = "error"  # its adapter could not be loaded; `RequestOutput.error` says why
+    ERROR = "error"  # its adapter could not be loaded, or its step failed; `RequestOutput.error` says why
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,10 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """What one step added to one request. `adapters` is the set that really computed it."""
+    """What one step added to one request. `adapters` is the set that really computed it.
+
+    The token that stopped an answer is not part of it. Exactly one output of a request has a finish reason: its last.
+    """
 
     request_id: str
     adapters: AdapterSet

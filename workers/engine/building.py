@@ -1,0 +1,55 @@
+"""Put an engine together from settings: the one place that knows all its parts."""
+
+from __future__ import annotations
+
+import torch
+
+from workers.bank.bank import AdapterBank
+from workers.bank.loader import AdapterLoader, AdapterSource
+from workers.config import EngineSettings
+from workers.engine.engine import Engine
+from workers.models.hf import HfRunner
+from workers.models.loading import LoadedBase, load_base
+
+
+def build_engine(
+    settings: EngineSettings, source: AdapterSource, *, base: LoadedBase | None = None
+) -> Engine:
+    """Load the base model and make an engine that fetches adapters from `source`.
+
+    Args:
+        base: the model, where it is loaded already; the engine takes it over.
+
+    Raises:
+        InvalidRequestError, StoreUnavailableError: the base model cannot be loaded or served; says why.
+    """
+    if base is None:
+        base = load_base(settings.base, torch_dtype(settings), torch_device(settings))
+    runner = HfRunner(base, settings)
+    bank = AdapterBank(
+        runner.shape.projections,
+        num_rows=settings.bank_rows,
+        num_slots=settings.bank_slots,
+        dtype=runner.dtype,
+        device=runner.device,
+        biases=runner.biases,
+    )
+    runner.bind(bank)
+    loader = AdapterLoader(
+        bank, source, base_digest=runner.base_digest, concurrency=settings.load_concurrency
+    )
+    return Engine(runner, bank, loader, settings)
+
+
+def torch_dtype(settings: EngineSettings) -> torch.dtype:
+    return {
+        "float64": torch.float64,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+    }[settings.dtype]
+
+
+def torch_device(settings: EngineSettings) -> torch.device:
+    if settings.device != "auto":
+        return torch.device(settings.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

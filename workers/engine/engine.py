@@ -1,0 +1,290 @@
+"""The engine: requests join and leave between steps, and every step computes tokens of all that run.
+
+One thread at a time; only `validate` and `load` may be called from others. It never waits: not for an adapter, not for
+a client. A failed adapter ends its requests with an error, and is never replaced by the base model.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Ordered
+
+from storage.errors import AdapterRefusedError, FloraError
+from storage.identity import AdapterVersion
+from workers.attention.slots import SlotLedger
+from workers.bank.bank import AdapterBank
+from workers.bank.loader import AdapterLoader
+from workers.config import EngineSettings
+from workers.engine.client import EngineLoad
+from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+from workers.engine.sampler import sample
+from workers.engine.scheduler import ScheduledSpan, Scheduler
+from workers.engine.sequence import Sequence
+from workers.engine.starvation import StarvationRule
+from workers.engine.step_input import build_step_input, sampling_row
+from workers.engine.validation import validate_request
+from workers.models.runner import ModelRunner
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """See the module's docstring.
+
+    Args:
+        runner: the model, bound to `bank`.
+        clock: what waiting is measured on, in seconds.
+        wall_clock: what requests' deadlines are on, in seconds.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        bank: AdapterBank,
+        loader: AdapterLoader,
+        settings: EngineSettings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.loader = loader
+        self._runner = runner
+        self._bank = bank
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._eos_token_ids = runner.shape.eos_token_ids
+        self._max_tokens = min(settings.max_sequence_tokens, runner.shape.max_positions)
+        self._scheduler = Scheduler(
+            bank,
+            SlotLedger(settings.max_sequences, self._max_tokens),
+            max_step_tokens=settings.max_step_tokens,
+        )
+        self._starvation = StarvationRule()
+        self._wanted_pins: frozenset[AdapterVersion] = frozenset()
+        self._applied_pins: frozenset[AdapterVersion] = frozenset()
+        self._outputs: list[RequestOutput] = []
+        self._tokens_out = 0
+        self._step_errors = 0
+        self._failed_in_a_row = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._scheduler.num_waiting or self._scheduler.num_running or self._outputs)
+
+    @property
+    def failed_steps_in_a_row(self) -> int:
+        return self._failed_in_a_row
+
+    # Requests come and go.
+
+    def validate(self, request: EngineRequest) -> None:
+        """Raises as `validate_request`; callable from any thread."""
+        validate_request(
+            request, vocab_size=self._runner.shape.vocab_size, max_tokens=self._max_tokens
+        )
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises as `validate`, and ValueError if its id is in the engine already."""
+        self.validate(request)
+        now = self._clock()
+        deadline_s = None
+        if request.deadline_s is not None:
+            deadline_s = now + request.deadline_s - self._wall_clock()
+        self._scheduler.add(Sequence(request, arrived_s=now, deadline_s=deadline_s))
+
+    def abort(self, request_id: str) -> None:
+        """Free all a request holds, now; its last output comes with the next step. No error when it is gone."""
+        sequence = self._scheduler.find(request_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.ABORT)
+
+    def abort_all(self) -> StepOutputs:
+        """End every request now, and return the last outputs."""
+        for sequence in self._scheduler.sequences():
+            self._end(sequence, FinishReason.ABORT)
+        return StepOutputs(self._take_outputs())
+
+    def prefetch(
+        self, versions: Ordered[AdapterVersion], pinned: frozenset[AdapterVersion]
+    ) -> None:
+        """As `EngineClient.prefetch`."""
+        self._wanted_pins = pinned
+        self._apply_pins()
+        self.loader.prefetch(versions)
+
+    def load(self) -> EngineLoad:
+        """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""
+        scheduler, bank = self._scheduler, self._bank
+        return EngineLoad(
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            work=sum(one.work_left for one in scheduler.sequences()),
+            kv_slots_used=scheduler.kv_slots_used,
+            kv_slots=self.settings.max_sequences,
+            bank_rows_used=bank.rows_used,
+            bank_rows=bank.num_rows,
+            device=bank.residents(),
+            loads=bank.counters.loads,
+            evictions=bank.counters.evictions,
+            tokens_out=self._tokens_out,
+            step_errors=self._step_errors,
+        )
+
+    # One step.
+
+    def step(self) -> StepOutputs:
+        """Admit what can be admitted, compute one step, return what it brought; at once with nothing to compute."""
+        start_s = self._clock()
+        self._expire(start_s)
+        self._admit(start_s)
+        spans = self._scheduler.next_step()
+        if spans:
+            self._compute(spans)
+        return StepOutputs(
+            outputs=self._take_outputs(),
+            num_tokens=sum(span.num_new for span in spans),
+            duration_s=self._clock() - start_s,
+        )
+
+    def check_integrity(self) -> bool:
+        """The books of scheduler, slots, loader and bank agree. Only between steps, with no load under way."""
+        held = dict.fromkeys(self.loader.claims, 1)
+        for one in self._scheduler.sequences():
+            if one.version is not None and one.bank_slot is not None:
+                held[one.version] = held.get(one.version, 0) + 1
+        return (
+            self._scheduler.check_integrity()
+            and self._bank.check_integrity()
+            and self._bank.references() == held
+        )
+
+    def _expire(self, now: float) -> None:
+        for sequence in self._scheduler.sequences():
+            if sequence.deadline_s is not None and now >= sequence.deadline_s:
+                self._end(sequence, FinishReason.ABORT)
+
+    def _admit(self, now: float) -> None:
+        missing = self._scheduler.admit(now, self._starvation.closed)
+        self.loader.release_claims()
+        for version in missing:
+            error = self.loader.request(version)
+            if error is not None:
+                for sequence in self._scheduler.waiting():
+                    if sequence.version == version:
+                        self._end(sequence, FinishReason.ERROR, error)
+        self._relieve(now, missing)
+
+    def _relieve(self, now: float, missing: Ordered[AdapterVersion]) -> None:
+        """Close adapters to new work while a request waits too long for room."""
+        without_room = [version for version in missing if self.loader.waits_for_room(version)]
+        late = {
+            sequence.version
+            for sequence in (self._scheduler.waiting() if without_room else ())
+            if now - sequence.arrived_s > self.settings.starvation_s
+        }
+        starving = [version for version in without_room if version in late]
+        work_left = {}
+        if starving:
+            work_left = dict.fromkeys(self._bank.residents(), 0.0) | self._scheduler.work_left()
+        self._starvation.update(
+            starving=starving,
+            is_trying=any(self.loader.is_trying(version) for version in starving),
+            work_left=work_left,
+            pinned=self._wanted_pins,
+        )
+        self._apply_pins()
+
+    def _apply_pins(self) -> None:
+        pins = self._wanted_pins - self._starvation.closed
+        if pins != self._applied_pins:
+            self._bank.pin(pins)
+            self._applied_pins = pins
+            self.loader.rows_freed()
+
+    def _compute(self, spans: Ordered[ScheduledSpan]) -> None:
+        answering = [span.sequence for span in spans if span.wants_logits]
+        try:
+            step = build_step_input(spans, self._bank.resident_slots, self._runner.device)
+            rows = [sampling_row(one, self._eos_token_ids) for one in answering]
+            tokens = sample(self._runner.forward(step), rows)
+        except Exception:
+            # What the step half wrote is lost with the requests that were in it; those that wait go on.
+            _log.exception("an engine step of %d requests failed", len(spans))
+            self._step_errors += 1
+            self._failed_in_a_row += 1
+            error = FloraError("the model failed while answering; the request may be sent again")
+            for span in spans:
+                self._end(span.sequence, FinishReason.ERROR, error)
+            return
+        self._failed_in_a_row = 0
+        for span in spans:
+            self._scheduler.advance(span)
+        for sequence, token in zip(answering, tokens, strict=True):
+            self._append(sequence, token)
+
+    def _append(self, sequence: Sequence, token: int | None) -> None:
+        if token is None:
+            self._end(sequence, FinishReason.ERROR, _not_finite(sequence))
+            return
+        reason = sequence.finish_reason(token, self._eos_token_ids)
+        self._tokens_out += 1
+        sequence.answer.append(token)
+        new = () if reason is FinishReason.STOP else (token,)
+        if reason is None:
+            self._put(sequence, new)
+        else:
+            self._end(sequence, reason, new=new)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: Exception | None = None,
+        new: tuple[int, ...] = (),
+    ) -> None:
+        self._put(sequence, new, reason, error)
+        if self._scheduler.remove(sequence):
+            self.loader.rows_freed()
+
+    def _put(
+        self,
+        sequence: Sequence,
+        new: tuple[int, ...],
+        reason: FinishReason | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        is_first = not sequence.has_reported
+        sequence.has_reported = True
+        admitted_s = sequence.admitted_s if sequence.admitted_s is not None else self._clock()
+        self._outputs.append(
+            RequestOutput(
+                request_id=sequence.request.request_id,
+                adapters=sequence.request.adapters,
+                new_token_ids=new,
+                finish_reason=reason,
+                error=error,
+                adapter_tier=self._tier(sequence) if is_first else None,
+                queue_time_s=admitted_s - sequence.arrived_s if is_first else None,
+            )
+        )
+
+    def _tier(self, sequence: Sequence) -> str | None:
+        """Where the request found its adapter; None for the base model, or when it never got it."""
+        if sequence.version is None or sequence.bank_slot is None:
+            return None
+        return self.loader.tier(sequence.version) if sequence.needed_load else "device"
+
+    def _take_outputs(self) -> tuple[RequestOutput, ...]:
+        outputs, self._outputs = tuple(self._outputs), []
+        return outputs
+
+
+def _not_finite(sequence: Sequence) -> FloraError:
+    if sequence.version is None:
+        return FloraError("the base model produced values that are not finite")
+    return AdapterRefusedError(
+        f"the adapter {sequence.version[:12]}… produces values that are not finite", param="model"
+    )

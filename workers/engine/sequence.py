@@ -1,0 +1,76 @@
+"""One request while it is in the engine. Changed by the scheduler and the engine only, on the engine's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from storage.identity import AdapterVersion
+from workers.engine.request import EngineRequest, FinishReason
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt and answer so far, and what it holds. Times are on the engine's own clock."""
+
+    request: EngineRequest
+    arrived_s: float
+    deadline_s: float | None = None
+    admitted_s: float | None = None
+    bank_slot: int | None = (
+        None  # with a reference to its adapter; None: the base model, or not yet
+    )
+    kv_slot: int | None = None  # None: not admitted
+    num_computed: int = 0  # tokens in the KV cache
+    answer: list[int] = field(default_factory=list)
+    tier: str | None = None  # where its adapter came from
+    needed_load: bool = False  # its adapter was not resident when it was first looked for
+    has_reported: bool = False  # its first output is out
+
+    @property
+    def version(self) -> AdapterVersion | None:
+        return self.request.adapters.version
+
+    @property
+    def is_held(self) -> bool:
+        """Nothing is wanting but a KV slot: it uses no adapter, or has its reference."""
+        return self.version is None or self.bank_slot is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.answer)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that are known but not in the KV cache yet."""
+        return self.num_tokens - self.num_computed
+
+    def pending(self, count: int) -> list[int]:
+        """The first `count` of them."""
+        prompt = self.request.prompt_token_ids
+        start, stop = self.num_computed, self.num_computed + count
+        if start >= len(prompt):
+            return self.answer[start - len(prompt) : stop - len(prompt)]
+        return [*prompt[start:stop], *self.answer[: max(0, stop - len(prompt))]]
+
+    @property
+    def work_left(self) -> float:
+        """Rank-weighted tokens it may still take."""
+        sampling = self.request.sampling
+        left = self.num_pending + sampling.max_tokens - len(self.answer)
+        return left * self.request.work_per_token
+
+    def finish_reason(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """What appending `token` would end the answer with, if it does."""
+        if len(self.answer) >= self.request.sampling.min_tokens and token in self.stop_token_ids(
+            eos_token_ids
+        ):
+            return FinishReason.STOP
+        if len(self.answer) + 1 >= self.request.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def stop_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        sampling = self.request.sampling
+        if sampling.ignore_eos:
+            return sampling.stop_token_ids
+        return sampling.stop_token_ids | eos_token_ids

@@ -1,0 +1,66 @@
+"""What the model and the sampler are told of a step the scheduler decided on."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from collections.abc import Sequence as Ordered
+
+import torch
+
+from workers.engine.sampler import SamplingRow
+from workers.engine.scheduler import ScheduledSpan
+from workers.engine.sequence import Sequence
+from workers.models.runner import SequenceSpan, StepInput
+from workers.row_form.step_plan import Segment, plan_step
+
+
+def build_step_input(
+    spans: Ordered[ScheduledSpan], resident_slots: Container[int], device: torch.device
+) -> StepInput:
+    """The spans' tokens in one stream, in order. Raises NotResidentError if an adapter's rows are gone."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
+    segments: list[Segment] = []
+    for span in spans:
+        one = span.sequence
+        tokens += one.pending(span.num_new)
+        positions += range(one.num_computed, one.num_computed + span.num_new)
+        segments.append(Segment(span.num_new, _parts(one)))
+        if span.wants_logits:
+            wanted.append(len(tokens) - 1)
+    return StepInput(
+        token_ids_T=torch.tensor(tokens, device=device),
+        positions_T=torch.tensor(positions, device=device),
+        spans=tuple(
+            SequenceSpan(_kv_slot(span.sequence), span.sequence.num_computed, span.num_new)
+            for span in spans
+        ),
+        plan=plan_step(segments, resident_slots, device),
+        logits_of_L=torch.tensor(wanted, dtype=torch.int64, device=device),
+    )
+
+
+def sampling_row(sequence: Sequence, eos_token_ids: frozenset[int]) -> SamplingRow:
+    """How the sequence's next token is chosen."""
+    params = sequence.request.sampling
+    is_early = len(sequence.answer) < params.min_tokens
+    return SamplingRow(
+        params,
+        position=sequence.num_tokens,
+        forbidden=sequence.stop_token_ids(eos_token_ids) if is_early else frozenset(),
+    )
+
+
+def _parts(sequence: Sequence) -> tuple[tuple[int, float], ...]:
+    if sequence.version is None:
+        return ()
+    if sequence.bank_slot is None:
+        raise ValueError(f"request {sequence.request.request_id} runs without its adapter")
+    return ((sequence.bank_slot, 1.0),)
+
+
+def _kv_slot(sequence: Sequence) -> int:
+    if sequence.kv_slot is None:
+        raise ValueError(f"request {sequence.request.request_id} runs without a KV slot")
+    return sequence.kv_slot

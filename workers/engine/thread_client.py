@@ -1,0 +1,153 @@
+"""The engine in a thread of this process, behind `EngineClient`."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from storage.errors import FloraError, InvalidRequestError, OverloadedError
+from storage.identity import AdapterSet, AdapterVersion
+from workers.engine.client import EngineLoad
+from workers.engine.engine import Engine
+from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+
+# How often requests that wait for an adapter are looked at while nothing computes: deadlines, starvation.
+IDLE_PERIOD_S = 0.05
+# So many failed steps on end are no bad luck of single requests; the replica is better replaced.
+MAX_FAILED_STEPS = 5
+STOP_WITHIN_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class ThreadEngineClient:
+    """An `EngineClient`. Takes the engine over: nobody else may step it from now on."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._orders: list[Callable[[], None]] = []  # for the engine's thread, before its next step
+        self._live: dict[str, AdapterSet] = {}  # requests that are owed a last output
+        self._has_news = False
+        self._is_stopping = False
+        self._step_began_s: float | None = None
+        self._on_step: Callable[[StepOutputs], None] | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self, on_step: Callable[[StepOutputs], None]) -> None:
+        self._on_step = on_step
+        self._engine.loader.notify(self._wake)
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> None:
+        """As `EngineClient.submit`.
+
+        Raises:
+            ContextLengthError, InvalidRequestError: it can never be answered, or its id is in use.
+            OverloadedError: the engine is stopping or dead.
+        """
+        self._engine.validate(request)
+        with self._changed:
+            if self._is_stopping or not self._thread.is_alive():
+                raise OverloadedError("this replica is shutting down; send the request again")
+            if request.request_id in self._live:
+                raise InvalidRequestError(f"request id {request.request_id} is in use")
+            self._live[request.request_id] = request.adapters
+            self._order(lambda: self._engine.submit(request))
+
+    def abort(self, request_id: str) -> None:
+        with self._changed:
+            self._order(lambda: self._engine.abort(request_id))
+
+    def prefetch(
+        self, versions: Sequence[AdapterVersion], pinned: frozenset[AdapterVersion]
+    ) -> None:
+        with self._changed:
+            self._order(lambda: self._engine.prefetch(versions, pinned))
+
+    def load(self) -> EngineLoad:
+        return self._engine.load()
+
+    def is_alive(self) -> bool:
+        began_s = self._step_began_s
+        is_stuck = (
+            began_s is not None and self._clock() - began_s > self._engine.settings.step_timeout_s
+        )
+        is_broken = self._engine.failed_steps_in_a_row >= MAX_FAILED_STEPS
+        return self._thread.is_alive() and not is_stuck and not is_broken
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._changed.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(STOP_WITHIN_S)
+        self._engine.loader.stop()
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._orders.append(order)
+        self._changed.notify()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._has_news = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        if self._engine.settings.threads:
+            torch.set_num_threads(self._engine.settings.threads)
+        try:
+            is_idle = False
+            while self._wait(is_idle):
+                self._step_began_s = self._clock()
+                outputs = self._engine.step()
+                self._step_began_s = None
+                is_idle = outputs.num_tokens == 0
+                self._hand_out(outputs)
+            self._hand_out(self._engine.abort_all())
+        except Exception:
+            _log.exception("the engine's thread ends")
+            self._hand_out(self._last_words())
+
+    def _last_words(self) -> StepOutputs:
+        """An error for every request that is owed an output, whatever state the engine is in."""
+        with self._changed:
+            self._is_stopping = True
+            live = dict(self._live)
+        error = FloraError("the engine failed; the request may be sent again")
+        return StepOutputs(
+            tuple(
+                RequestOutput(request_id, adapters, finish_reason=FinishReason.ERROR, error=error)
+                for request_id, adapters in live.items()
+            )
+        )
+
+    def _wait(self, is_idle: bool) -> bool:
+        """Wait until there may be something to do, carry out the orders; False when it is time to end."""
+        with self._changed:
+            if is_idle and not self._is_stopping and not self._orders and not self._has_news:
+                self._changed.wait(IDLE_PERIOD_S if self._engine.has_requests else None)
+            orders, self._orders = self._orders, []
+            self._has_news = False
+            is_stopping = self._is_stopping
+        for order in orders:
+            order()
+        return not is_stopping
+
+    def _hand_out(self, outputs: StepOutputs) -> None:
+        if not outputs.outputs or self._on_step is None:
+            return
+        with self._changed:
+            for output in outputs.outputs:
+                if output.finish_reason is not None:
+                    self._live.pop(output.request_id, None)
+        try:
+            self._on_step(outputs)
+        except Exception:
+            # A receiver's error is not the engine's: other requests go on.
+            _log.exception("handing out a step's outputs failed")

@@ -1,0 +1,40 @@
+"""Whether a request could ever be answered; asked before it is queued."""
+
+from __future__ import annotations
+
+from storage.errors import ContextLengthError, InvalidRequestError
+from workers.engine.request import EngineRequest
+
+
+def validate_request(request: EngineRequest, *, vocab_size: int, max_tokens: int) -> None:
+    """Check what the engine cannot recover from in the middle of a step.
+
+    Args:
+        max_tokens: prompt and answer together.
+
+    Raises:
+        ContextLengthError: prompt plus max_tokens can never fit.
+        InvalidRequestError: an empty prompt, or a token the model does not have.
+    """
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequestError(
+            f"the prompt has token {wrong}; the model's tokens are 0 to {vocab_size - 1}",
+            param="prompt",
+        )
+    unknown = [token for token in request.sampling.stop_token_ids if not 0 <= token < vocab_size]
+    if unknown:
+        raise InvalidRequestError(
+            f"{unknown[0]} is no token of the model: they are 0 to {vocab_size - 1}",
+            param="stop_token_ids",
+        )
+    total = len(prompt) + request.sampling.max_tokens
+    if total > max_tokens:
+        raise ContextLengthError(
+            f"{len(prompt)} prompt tokens and up to {request.sampling.max_tokens} new ones are {total}; "
+            f"the context is {max_tokens} tokens",
+            param="max_tokens",
+        )

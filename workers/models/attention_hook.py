@@ -1,0 +1,152 @@
+"""How a transformers model is made to use an attention back end of ours, its own files unedited.
+
+The model is switched to an attention implementation that is registered here and handed the back end of the forward as
+a keyword argument, which transformers passes down to every layer. No mask function is registered under that name, so
+the model builds no mask. What a model asks for and the back end lacks is refused by name, never ignored.
+
+Shape legend: T tokens in the step, H query heads, K key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from storage.errors import InvalidRequestError
+
+IMPLEMENTATION = "flora"
+BACKEND_ARGUMENT = "flora_attention"
+
+# What models are known to hand to their attention function, and what it would mean to leave it out.
+_LACKING: Mapping[str, str] = {
+    "softcap": "soft-capped attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+}
+# Rotary scalings whose frequencies change for a whole batch once its longest sequence outgrows the trained length.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+class Attend(Protocol):
+    """The part of `AttentionBackend` a layer uses."""
+
+    max_tokens_per_slot: int
+
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
+    ) -> Tensor: ...
+
+
+class AttentionProbe:
+    """Attends each token to itself only, and takes down the shapes every layer asks for."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens_per_slot = max_tokens
+        self.kv_shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
+    ) -> Tensor:
+        self.kv_shapes[layer] = (tuple(key_TKD.shape[1:]), tuple(value_TKD.shape[1:]))
+        return value_TKD.repeat_interleave(query_THD.shape[1] // value_TKD.shape[1], dim=1)
+
+
+def adopt_attention(model: PreTrainedModel, max_tokens: int) -> tuple[int, int]:
+    """Switch a model to back ends of ours, and check that it needs nothing they lack.
+
+    Args:
+        model: changed in place; from now on every forward needs `BACKEND_ARGUMENT`.
+        max_tokens: the longest sequence it will see; a window at least this wide never cuts anything off.
+
+    Returns:
+        The number of key/value heads and the head dimension, the same in all layers.
+
+    Raises:
+        InvalidRequestError: names what the model needs.
+    """
+    config = model.config.get_text_config(decoder=True)
+    _refuse_by_config(model, config, max_tokens)
+    model.set_attn_implementation(IMPLEMENTATION)
+    probe = AttentionProbe(max_tokens)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.inference_mode():
+        model(input_ids=token, position_ids=token, use_cache=False, **{BACKEND_ARGUMENT: probe})
+    if sorted(probe.kv_shapes) != list(range(config.num_hidden_layers)):
+        raise _refusal(model, "layers that are not self-attention (recurrent or linear ones)")
+    shapes = {shape for pair in probe.kv_shapes.values() for shape in pair}
+    if len(shapes) != 1:
+        raise _refusal(model, "keys and values of several shapes")
+    num_kv_heads, head_dim = shapes.pop()
+    return num_kv_heads, head_dim
+
+
+def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> None:
+    """What does not reach the attention function as an argument."""
+    if not model._supports_attention_backend:
+        raise _refusal(model, "an attention of its own (no transformers AttentionInterface)")
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        raise _refusal(model, "cross attention")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    for kind, width in (
+        ("sliding_attention", getattr(config, "sliding_window", None)),
+        ("chunked_attention", getattr(config, "attention_chunk_size", None)),
+    ):
+        if kind in kinds and width is not None and width >= max_tokens:
+            kinds.remove(kind)
+    if kinds:
+        raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and max_tokens > original:
+        raise _refusal(
+            model,
+            f"{rope['rope_type']} rotary scaling, which depends on the longest sequence of a batch; "
+            f"set max_sequence_tokens to at most {original}",
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls: query [1, H, T, D], key and value [1, K, T, D], output [1, T, H, D]."""
+    backend: Attend = arguments[BACKEND_ARGUMENT]
+    for name, what in _LACKING.items():
+        if arguments.get(name) is not None:
+            raise _refusal(module, what)
+    if attention_mask is not None:
+        raise _refusal(module, "an attention mask of its own")
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if not causal or key.shape[2] != query.shape[2]:
+        raise _refusal(module, "attention that is not causal self-attention")
+    if sliding_window is not None and sliding_window < backend.max_tokens_per_slot:
+        raise _refusal(module, f"a sliding window of {sliding_window} tokens")
+    output_THD = backend.attend(
+        int(module.layer_idx),  # type: ignore[arg-type]
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scaling if scaling is not None else query.shape[-1] ** -0.5,
+    )
+    return output_THD[None], None
+
+
+def _refusal(module: nn.Module, what: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{type(module).__name__} needs {what}, which the engine's attention does not have",
+        param="engine.base",
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -1,0 +1,110 @@
+"""Any transformers causal model as a `ModelRunner`: its own files unedited, its linear layers wrapped, our attention.
+
+All sequences of a step stand in one row of tokens, [1, T], with their own positions; which keys a token may see is the
+attention back end's business. This is the reference every faster runner is tested against.
+
+Shape legend: T tokens in the step, L positions whose logits are wanted, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from workers.attention.slabs import SlabAttention
+from workers.bank.bank import AdapterBank
+from workers.config import EngineSettings
+from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
+from workers.models.loading import LoadedBase
+from workers.models.runner import ModelShape, StepInput
+from workers.models.wrapping import wrap_linears
+from workers.row_form.cost import cost_model_for
+
+
+class HfRunner:
+    """Takes the base over: its model is changed in place and must not be used otherwise from now on.
+
+    Raises:
+        InvalidRequestError: the model needs something the engine does not have; says what.
+    """
+
+    def __init__(self, base: LoadedBase, settings: EngineSettings) -> None:
+        model = base.model
+        config = model.config.get_text_config(decoder=True)
+        max_tokens = min(settings.max_sequence_tokens, config.max_position_embeddings)
+        num_kv_heads, head_dim = adopt_attention(model, max_tokens)
+        self._model = model
+        self._base_digest = base.digest
+        self._layers = wrap_linears(model, cost_model_for(model.dtype))
+        self._attention = SlabAttention(
+            num_layers=config.num_hidden_layers,
+            num_slots=settings.max_sequences,
+            num_kv_heads=num_kv_heads,
+            max_tokens_per_slot=max_tokens,
+            head_dim=head_dim,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self._shape = ModelShape(
+            vocab_size=config.vocab_size,
+            max_positions=max_tokens,
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            projections=self._layers.projections,
+            eos_token_ids=_eos_token_ids(model, config),
+        )
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    @property
+    def base_digest(self) -> str:
+        return self._base_digest
+
+    @property
+    def biases(self) -> Mapping[str, Tensor]:
+        """Base biases by projection, where there is one: what a bank needs for adapters that change them."""
+        return self._layers.biases
+
+    def bind(self, bank: AdapterBank) -> None:
+        """Take adapters' rows from this bank from the next step on."""
+        self._layers.bind(bank)
+
+    def forward(self, step: StepInput) -> Tensor:
+        self._attention.begin_step(step.spans)
+        self._layers.begin_step(step.plan)
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=step.token_ids_T[None],
+                position_ids=step.positions_T[None],
+                use_cache=False,
+                logits_to_keep=step.logits_of_L,
+                **{BACKEND_ARGUMENT: self._attention},
+            )
+            logits_LV: Tensor = output.logits[0]
+            return logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))
+
+
+def _eos_token_ids(model: PreTrainedModel, config: PretrainedConfig) -> frozenset[int]:
+    """Every token that ends an answer: generation settings name more of them than the model's configuration."""
+    ids: set[int] = set()
+    for source in (model.generation_config, config):
+        one_or_more = getattr(source, "eos_token_id", None)
+        if one_or_more is not None:
+            ids.update(one_or_more if isinstance(one_or_more, list) else [one_or_more])
+    return frozenset(ids)
