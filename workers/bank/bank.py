@@ -17,26 +17,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from storage.adapter_rows import AdapterRows, ModuleRows
+from storage.adapter_rows import AdapterRows
 from storage.errors import AdapterRefusedError, CapacityError
 from storage.identity import AdapterVersion
 from workers.bank.groups import GroupRoom, GroupTable, ModuleGroup
 from workers.bank.layout import ModuleLayout, SlotPages
-from workers.bank.pages import NUM_RESERVED, ONES_PAGE, PageAllocator
+from workers.bank.module_bank import ModuleBank
+from workers.bank.pages import NUM_RESERVED, PageAllocator
 from workers.row_form.step_plan import NotResidentError
 
 
 class BankBusyError(Exception):
     """The adapter fits the bank, but not beside those in use or pinned now. Worth another try after a release."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModuleBank:
-    """All adapters' rows of one projection. Written by loads, read by steps, never both in the same page."""
-
-    in_rows_NI: Tensor
-    out_rows_NO: Tensor
-    bias_O: Tensor | None  # the base layer's own
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,16 +93,9 @@ class AdapterBank:
         self.counters = BankCounters()
         pages = num_rows + NUM_RESERVED
         self.modules = {
-            path: ModuleBank(
-                in_rows_NI=torch.zeros(pages, num_in, dtype=dtype, device=device),
-                out_rows_NO=torch.zeros(pages, num_out, dtype=dtype, device=device),
-                bias_O=biases.get(path),
-            )
-            for path, (num_in, num_out) in projections.items()
+            path: ModuleBank.empty(pages, shape, biases.get(path), dtype, device)
+            for path, shape in projections.items()
         }
-        for module in self.modules.values():
-            module.in_rows_NI[ONES_PAGE] = 1
-            module.out_rows_NO[ONES_PAGE] = 1
         self._lock = threading.Lock()
         self._books = _Books([self._empty_group()], list(range(num_slots)))
         self._snapshot = self._take_snapshot()
@@ -201,7 +186,10 @@ class AdapterBank:
             CapacityError: more rows than the whole bank holds.
             BankBusyError: no room beside adapters in use, pinned or being loaded.
         """
-        self._check(rows)
+        for path, module_rows in rows.modules.items():
+            if path not in self.modules:
+                raise AdapterRefusedError(f"the model has no projection {path!r}", param=path)
+            self.modules[path].check(path, module_rows)
         layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
         with self._lock:
             books = self._books
@@ -220,7 +208,7 @@ class AdapterBank:
             }
         try:
             for path, module_rows in rows.modules.items():
-                _write(self.modules[path], module_rows, places[path])
+                self.modules[path].write(module_rows, places[path])
         except BaseException:
             with self._lock:
                 self._leave(resident)
@@ -319,52 +307,3 @@ class AdapterBank:
         for group in books.groups:
             group.free(resident.slot)
         books.free_slots.append(resident.slot)
-
-    def _check(self, rows: AdapterRows) -> None:
-        for path, module_rows in rows.modules.items():
-            module = self.modules.get(path)
-            if module is None:
-                raise AdapterRefusedError(f"the model has no projection {path!r}", param=path)
-            sides = {"I": module.in_rows_NI.shape[1], "O": module.out_rows_NO.shape[1]}
-            for name, tensor in module_rows.tensors().items():
-                if tensor.shape[-1] != sides[name[-1]]:
-                    raise AdapterRefusedError(
-                        f"{path}: {name} has {tensor.shape[-1]} features, the model {sides[name[-1]]}",
-                        param=path,
-                    )
-            if not module_rows.is_finite:
-                raise AdapterRefusedError(f"{path} has a value that is not finite", param=path)
-
-
-def _write(module: ModuleBank, rows: ModuleRows, pages: SlotPages) -> None:
-    """Copy one adapter's rows into its own pages."""
-    sides = (
-        (module.in_rows_NI, pages.mul_in, rows.mul_b_RI),
-        (module.out_rows_NO, pages.mul_out, rows.mul_a_RO),
-        (module.in_rows_NI, pages.add_in, rows.add_p_EI),
-        (module.out_rows_NO, pages.add_out, rows.add_q_EO),
-        (module.out_rows_NO, (pages.scale,), _as_row(rows.scale_O)),
-        (module.out_rows_NO, (pages.bias,), _own_bias(module, rows)),
-    )
-    with torch.no_grad():
-        for bank_rows, where, values in sides:
-            if values is not None and where:
-                page = torch.tensor(where, device=bank_rows.device)
-                bank_rows[page] = values.to(bank_rows.device, bank_rows.dtype)
-
-
-def _as_row(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector[None]
-
-
-def _own_bias(module: ModuleBank, rows: ModuleRows) -> Tensor | None:
-    """bias' = bias_scale ∘ bias + bias_shift, or None where the base bias stays."""
-    if rows.bias_scale_O is None and rows.bias_shift_O is None:
-        return None
-    bias_O = torch.zeros(module.out_rows_NO.shape[1]) if module.bias_O is None else module.bias_O
-    bias_O = bias_O.cpu().double()
-    if rows.bias_scale_O is not None:
-        bias_O = bias_O * rows.bias_scale_O.cpu()
-    if rows.bias_shift_O is not None:
-        bias_O = bias_O + rows.bias_shift_O.cpu()
-    return bias_O[None]

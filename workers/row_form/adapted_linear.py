@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from workers.bank.bank import AdapterBank, BankSnapshot, ModuleBank
+from workers.bank.bank import AdapterBank, BankSnapshot
 from workers.bank.groups import GroupTable
+from workers.bank.module_bank import ModuleBank
 from workers.row_form.adapted_product import adapted_product
 from workers.row_form.base_linear import BaseLinear
 from workers.row_form.cost import CostModel

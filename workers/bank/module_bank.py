@@ -1,0 +1,84 @@
+"""All adapters' rows of one projection.
+
+Shape legend: N bank pages, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from storage.adapter_rows import ModuleRows
+from storage.errors import AdapterRefusedError
+from workers.bank.layout import SlotPages
+from workers.bank.pages import ONES_PAGE
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModuleBank:
+    """Written by loads, read by steps, never both in the same page at the same time."""
+
+    in_rows_NI: Tensor
+    out_rows_NO: Tensor
+    bias_O: Tensor | None  # the base layer's own
+
+    @classmethod
+    def empty(
+        cls,
+        pages: int,
+        shape: tuple[int, int],
+        bias_O: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Pages of zeros, and the page of ones. `shape` is (in, out) features."""
+        in_rows_NI = torch.zeros(pages, shape[0], dtype=dtype, device=device)
+        out_rows_NO = torch.zeros(pages, shape[1], dtype=dtype, device=device)
+        in_rows_NI[ONES_PAGE] = 1
+        out_rows_NO[ONES_PAGE] = 1
+        return cls(in_rows_NI, out_rows_NO, bias_O)
+
+    def check(self, path: str, rows: ModuleRows) -> None:
+        """Raises AdapterRefusedError for a shape that is not the projection's, or a value that is not finite."""
+        sides = {"I": self.in_rows_NI.shape[1], "O": self.out_rows_NO.shape[1]}
+        for name, tensor in rows.tensors().items():
+            expected = sides[name[-1]]
+            if tensor.shape[-1] != expected:
+                raise AdapterRefusedError(
+                    f"{path}: {name} has {tensor.shape[-1]} features, the model {expected}",
+                    param=path,
+                )
+        if not rows.is_finite:
+            raise AdapterRefusedError(f"{path} has a value that is not finite", param=path)
+
+    def write(self, rows: ModuleRows, pages: SlotPages) -> None:
+        """Copy one adapter's rows into its own pages."""
+        scale_1O = None if rows.scale_O is None else rows.scale_O[None]
+        places = (
+            (self.in_rows_NI, pages.mul_in, rows.mul_b_RI),
+            (self.out_rows_NO, pages.mul_out, rows.mul_a_RO),
+            (self.in_rows_NI, pages.add_in, rows.add_p_EI),
+            (self.out_rows_NO, pages.add_out, rows.add_q_EO),
+            (self.out_rows_NO, (pages.scale,), scale_1O),
+            (self.out_rows_NO, (pages.bias,), self._own_bias(rows)),
+        )
+        with torch.no_grad():
+            for bank_rows, where, values in places:
+                if values is not None and where:
+                    page = torch.tensor(where, device=bank_rows.device)
+                    bank_rows[page] = values.to(bank_rows.device, bank_rows.dtype)
+
+    def _own_bias(self, rows: ModuleRows) -> Tensor | None:
+        """bias'_1O = bias_scale ∘ bias + bias_shift, or None where the base bias stays."""
+        if rows.bias_scale_O is None and rows.bias_shift_O is None:
+            return None
+        bias_O = torch.zeros(self.out_rows_NO.shape[1]) if self.bias_O is None else self.bias_O
+        bias_O = bias_O.cpu().double()
+        if rows.bias_scale_O is not None:
+            bias_O = bias_O * rows.bias_scale_O.cpu()
+        if rows.bias_shift_O is not None:
+            bias_O = bias_O + rows.bias_shift_O.cpu()
+        return bias_O[None]
