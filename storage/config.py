@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+DEFAULT_MAX_ADAPTER_BYTES = 2 << 30
+
 
 class StorageSettings(BaseModel):
     """Where adapters are kept, and how much of them a replica keeps near."""
@@ -29,5 +31,7 @@ class StorageSettings(BaseModel):
     cache_bytes: int = Field(default=4 << 30, ge=1 << 20)
     host_bytes: int = Field(default=512 << 20, ge=0, description="Parsed adapters kept in memory.")
     max_adapter_bytes: int = Field(
-        default=2 << 30, ge=1, description="Larger adapters are refused at publish."
+        default=DEFAULT_MAX_ADAPTER_BYTES,
+        ge=1,
+        description="Larger adapters are refused at publish.",
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from storage.identity import AdapterVersion, canonical_json, sha256_hex
+
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""A plain name: it becomes a path on whatever machine reads the manifest."""
 
 
 class FileEntry(BaseModel):
@@ -24,7 +27,7 @@ class ManifestContent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    files: dict[str, FileEntry] = Field(min_length=1)
+    files: dict[FileName, FileEntry] = Field(min_length=1)
     family: str = Field(description="flora, hira, lora, …")
     ranks: dict[str, int] = Field(description="Rows by logical projection.")
     dtype: str
