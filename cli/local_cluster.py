@@ -136,10 +136,11 @@ def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalClus
     token_file = directory / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
+    ray_dir = directory / "r"  # Ray opens its directory to everyone; ours, around it, stays closed
     dashboard, client, agent = free_ports(3)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--node-ip-address", "127.0.0.1", "--port", "0", "--temp-dir", str(directory)),
+        *("--node-ip-address", "127.0.0.1", "--port", "0", "--temp-dir", str(ray_dir)),
         *("--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard)),
         *("--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)),
         *("--num-cpus", str(num_cpus), "--object-store-memory", str(_OBJECT_STORE_BYTES)),
@@ -160,7 +161,7 @@ def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalClus
         )
     process = psutil.Process(child.pid)
     try:
-        address = _wait_for_address(directory / "ray_current_cluster", child, log_file)
+        address = _wait_for_address(ray_dir / "ray_current_cluster", child, log_file)
     except BaseException:
         _end(process)
         raise

@@ -1,0 +1,81 @@
+"""A private Ray with the application deployed on it: what `flora up` leaves running and `flora demo` ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cli.bases import BUILT_IN
+from cli.interrupts import shielded
+from cli.local_cluster import start_cluster
+from cli.running import RunningCluster
+from cli.settings import base_directory, command_settings
+from deployments.settings import Settings
+
+_LOOPBACK = {"host": "127.0.0.1", "allow_anonymous": True}
+
+
+def local_settings(
+    config: Path | None,
+    *,
+    base: str | None,
+    replicas: int | None,
+    **areas: Mapping[str, Any],
+) -> Settings:
+    """Settings of a cluster on this one machine, open to its users only; the base model is fetched if need be."""
+    given = {name: dict(fields) for name, fields in areas.items()}
+    serve = {**given.pop("serve", {}), **_LOOPBACK}
+    if replicas is not None:
+        serve |= {"min_replicas": replicas, "max_replicas": replicas}
+    engine = given.pop("engine", {})
+    plain = command_settings(config, serve=serve, engine=engine, **given)
+    directory = base_directory(base or (plain.engine.base if config else BUILT_IN))
+    engine["base"] = str(directory)
+    if base is not None:
+        engine["base_id"] = directory.name.lower()
+    if plain.engine.threads == 0:
+        # Replicas of one machine share its cores; each taking all of them is slower for every one.
+        engine["threads"] = max(1, (os.cpu_count() or 1) // plain.serve.max_replicas)
+    return command_settings(config, serve=serve, engine=engine, **given)
+
+
+def start_serving(settings: Settings, report: Callable[[str], None]) -> RunningCluster:
+    """Start Ray, deploy, and return once it answers. Whatever ends this early leaves nothing running."""
+    report("starting a private Ray")
+    running = RunningCluster(start_cluster(num_cpus=_logical_cpus(settings)), _plain(settings))
+    try:
+        running.save()
+        return deploy_on(running, settings, report)
+    except BaseException:
+        with shielded():
+            running.stop()
+        raise
+
+
+def deploy_on(
+    running: RunningCluster, settings: Settings, report: Callable[[str], None]
+) -> RunningCluster:
+    """Deploy the application on a private Ray that is there already; return once it answers."""
+    from deployments.launching import deploy
+
+    report(f"starting {settings.serve.min_replicas} × {settings.engine.base_id}")
+    running.ray.connect()
+    try:
+        ready = running.ready_at(deploy(settings))
+    finally:
+        running.ray.disconnect()
+    ready.save()
+    return ready
+
+
+def _logical_cpus(settings: Settings) -> int:
+    """Enough for every replica, the ingress and a training job: on one machine they take turns, not reservations."""
+    replicas = settings.serve.max_replicas * settings.serve.cpus_per_replica
+    training = settings.training.num_workers * settings.training.cpus_per_worker
+    return max(os.cpu_count() or 1, round(replicas + training) + 4)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")

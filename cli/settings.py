@@ -1,0 +1,72 @@
+"""From flags to settings: flags over the file of `--config`, over `FLORA_…` variables, over defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli.bases import find_base, pull_base
+from cli.console import err
+from cli.home import bases_dir, flora_home
+from cli.running import find_running
+from deployments.settings import Settings, read_settings
+from storage.config import StorageSettings
+
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", exists=True, dir_okay=False, help="A YAML file of settings."),
+]
+RegistryOption = Annotated[
+    str | None,
+    typer.Option("--registry", help="Where adapters are kept: a directory or s3://bucket/prefix."),
+]
+S3Endpoint = Annotated[
+    str | None,
+    typer.Option("--s3-endpoint", help="Another S3 API than AWS's: http://host:port."),
+]
+
+
+def command_settings(config: Path | None = None, **areas: Mapping[str, Any]) -> Settings:
+    """Settings for this machine; flags that are None were not given.
+
+    Raises:
+        SpecificationError: names the key and the rule it breaks.
+    """
+    _keep_all_in_home()
+    given = {
+        area: {name: value for name, value in fields.items() if value is not None}
+        for area, fields in areas.items()
+    }
+    return read_settings(config, **given)
+
+
+def storage_settings(registry: str | None, s3_endpoint: str | None) -> StorageSettings:
+    """Of the registry a command works on: the one named, or the running cluster's, or this machine's."""
+    running = find_running()
+    if registry is None and s3_endpoint is None and running is not None:
+        return Settings(**running.settings).storage
+    storage = {"registry": registry, "s3_endpoint_url": s3_endpoint}
+    return command_settings(storage=storage).storage
+
+
+def base_directory(name: str) -> Path:
+    """The directory of a base model, fetched first if it is not here."""
+    directory = find_base(name)
+    if directory is None:
+        with err.status("looking for the base model") as progress:
+            directory = pull_base(name, report=progress.update)
+    return directory
+
+
+def _keep_all_in_home() -> None:
+    """`$FLORA_HOME` moves every default at once. As variables, so that processes started here agree."""
+    if "FLORA_HOME" not in os.environ:
+        return
+    os.environ.setdefault("FLORA_STORAGE__REGISTRY", str(flora_home() / "registry"))
+    os.environ.setdefault("FLORA_STORAGE__CACHE_DIR", str(flora_home() / "cache"))
+    os.environ.setdefault("FLORA_TRAINING__STORAGE_PATH", str(flora_home() / "training"))
+    os.environ.setdefault("FLORA_ENGINE__BASE", str(bases_dir() / "smollm2-135m-instruct"))

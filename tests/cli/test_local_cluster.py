@@ -1,0 +1,110 @@
+"""A private Ray: nobody enters without its token, and nothing of it is left when it has been stopped."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from cli.local_cluster import LocalCluster, free_ports, start_cluster
+from storage.errors import OverloadedError
+
+
+def submit(cluster: LocalCluster, entrypoint: str) -> str:
+    response = httpx.post(
+        f"{cluster.dashboard_url}/api/jobs/",
+        headers={"Authorization": f"Bearer {cluster.token_file.read_text()}"},
+        json={"entrypoint": entrypoint},
+    )
+    return response.raise_for_status().json()["submission_id"]
+
+
+def wait_for(path: Path) -> str:
+    deadline_s = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    return path.read_text().strip()
+
+
+def test_without_the_token_nobody_enters(ray_session: LocalCluster) -> None:
+    url = f"{ray_session.dashboard_url}/api/jobs/"
+    assert httpx.get(url).status_code == 401
+    assert httpx.get(url, headers={"Authorization": "Bearer wrong"}).status_code in (401, 403)
+
+
+def test_the_token_is_for_this_user_only(ray_session: LocalCluster) -> None:
+    assert ray_session.token_file.stat().st_mode & 0o077 == 0
+    assert Path(ray_session.directory).stat().st_mode & 0o077 == 0
+
+
+def test_a_subprocess_joins_with_the_environment_alone(ray_session: LocalCluster) -> None:
+    code = (
+        "import ray; ray.init(logging_level='error'); print(ray.get_runtime_context().gcs_address)"
+    )
+    environment = {"PATH": "/usr/bin:/bin", **ray_session.environment}
+    joined = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert joined.stdout.strip() == ray_session.address
+
+
+def test_stopping_ends_daemons_jobs_and_files(tmp_path: Path) -> None:
+    cluster = start_cluster()
+    started = tmp_path / "pid"
+    submit(cluster, f"echo $$ > {started} && exec sleep 600")
+    job = psutil.Process(int(wait_for(started)))
+    family = psutil.Process(cluster.pid).children(recursive=True)
+    assert job in family
+
+    cluster.stop()
+
+    assert not cluster.is_alive()
+    assert not Path(cluster.directory).exists()
+    running = [one for one in [job, *family] if one.is_running() and one.status() != "zombie"]
+    assert running == []
+    cluster.stop()  # again is no error
+
+
+def test_jobs_find_this_checkout_and_this_python(ray_session: LocalCluster, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    submit(
+        ray_session,
+        f'python -c \'import sys, storage, pathlib; pathlib.Path("{found}.new").write_text('
+        f"sys.executable + chr(10) + storage.__file__)' && mv {found}.new {found}",
+    )
+    executable, module = wait_for(found).splitlines()
+    assert Path(executable).samefile(sys.executable)
+    assert Path(module).parent.parent == Path(__file__).resolve().parents[2]
+
+
+def test_a_dead_head_is_known_as_dead(ray_session: LocalCluster) -> None:
+    from dataclasses import replace
+
+    assert ray_session.is_alive()
+    reused = replace(ray_session, created_s=ray_session.created_s - 3600)
+    assert not reused.is_alive(), "the same pid, but another process"
+
+
+def test_a_ray_that_cannot_start_says_why_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("cli.local_cluster._LONGEST_TEMP_PARENT", 1000)
+    monkeypatch.setenv("RAY_START_HOOK", "no_such_module.hook")
+    with pytest.raises(OverloadedError, match="no_such_module"):
+        start_cluster()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_free_ports_are_distinct_and_free() -> None:
+    ports = free_ports(5)
+    assert len(set(ports)) == 5
+    for port in ports:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", port))
