@@ -99,7 +99,7 @@ def _pair(peft_type: str, tensors: Mapping[str, Tensor]) -> dict[str, _Sides]:
     """Both sides of every module, by path. Every tensor belongs to one, or the adapter is refused."""
     in_suffix, out_suffix = (f".{suffix}" for suffix in SIDES[peft_type])
     paths = set()
-    for name in tensors:
+    for name in sorted(tensors):
         suffix = next((end for end in (in_suffix, out_suffix) if name.endswith(end)), None)
         if suffix is None or not name.startswith(PREFIX):
             raise AdapterRefusedError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from math import inf, nextafter
 from statistics import mode
 from typing import Any, TypeVar
 
@@ -103,9 +104,17 @@ def _with_digest(metadata: dict[str, str], rows: AdapterRows) -> dict[str, str]:
 
 
 def _alpha(gate: float, rank: int) -> float:
-    """An alpha with `alpha / rank == gate`, whole where there is such a one."""
+    """The plainest alpha with `alpha / rank == gate`; within a rounding of it if there is none."""
     alpha = gate * rank
-    return round(alpha) if round(alpha) / rank == gate else alpha
+    for candidate in (
+        round(alpha),
+        round(alpha, 6),
+        alpha,
+        *(nextafter(alpha, to) for to in (0, inf)),
+    ):
+        if candidate / rank == gate:
+            return candidate
+    return alpha
 
 
 def _default_and_rest(of_path: Mapping[str, _Number]) -> tuple[_Number, dict[str, _Number]]:
