@@ -6,6 +6,7 @@ The same model is the Serve application's `args`, a YAML file, and `FLORA_…` e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def read_settings(file: Path | None = None, **overrides: Any) -> Settings:
             raise SpecificationError(f"{file.name} is not a mapping of settings")
         values.update(loaded)
     for area, fields in overrides.items():
+        if not isinstance(fields, Mapping):
+            raise SpecificationError(f"{area} is not a mapping of settings", param=area)
         values[area] = {**values.get(area, {}), **fields}
     try:
         return Settings(**values)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from clocks import ManualClock
 
 from cluster.demand import DemandTracker
 from cluster.table import DemandSample
 from storage.identity import AdapterVersion
+from tests.cluster.clocks import ManualClock
 
 ONE, TWO = AdapterVersion("1" * 64), AdapterVersion("2" * 64)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from clocks import ManualClock
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -14,6 +13,7 @@ from cluster.config import ClusterSettings
 from cluster.manager import PlacementManager
 from cluster.table import AdapterFacts, AliasKey, DemandSample, PlacementTable, ReplicaReport
 from storage.identity import AdapterVersion, sha256_hex
+from tests.cluster.clocks import ManualClock
 
 KEY: AliasKey = ("default", "poet", "latest")
 

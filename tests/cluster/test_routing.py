@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from clocks import ManualClock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +10,7 @@ from cluster.rendezvous import preference
 from cluster.routing import MEMORY_S, AssignedWork, routing_order
 from cluster.table import PlacementTable
 from storage.identity import AdapterVersion
+from tests.cluster.clocks import ManualClock
 
 ONE = AdapterVersion("1" * 64)
 names = st.sampled_from("abcdef")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from clocks import ManualClock
-
 from cluster.table import DemandSample, PlacementTable, TableUpdate
 from cluster.view import TableView
 from storage.identity import AdapterVersion
+from tests.cluster.clocks import ManualClock
 
 ONE = AdapterVersion("1" * 64)
 

@@ -1,0 +1,103 @@
+"""Errors at the door: which HTTP status each of our errors is, and the one shape their bodies have (OpenAI's)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from storage.errors import (
+    AdapterCorruptError,
+    AdapterRefusedError,
+    BaseMismatchError,
+    CapacityError,
+    FloraError,
+    InvalidRequestError,
+    OverloadedError,
+    StoreUnavailableError,
+    UnknownModelError,
+)
+
+_STATUS: tuple[tuple[type[FloraError], int], ...] = (
+    (InvalidRequestError, 400),
+    (UnknownModelError, 404),
+    (BaseMismatchError, 409),
+    (AdapterRefusedError, 422),
+    (CapacityError, 422),
+    (AdapterCorruptError, 503),
+    (StoreUnavailableError, 503),
+    (OverloadedError, 503),
+)
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+class WrongAdapterError(FloraError):
+    """A replica answered with other adapters than were asked for. Nothing of such an answer is ever passed on."""
+
+    code = "wrong_adapter"
+
+
+class NotLocalError(FloraError):
+    """A server without keys was asked from another machine."""
+
+    code = "authentication_required"
+
+
+class RequestTimeoutError(OverloadedError):
+    """The request was not finished by its deadline."""
+
+    code = "request_timeout"
+
+
+class ReplicaLostError(OverloadedError):
+    """The replica that was answering is gone. Another one may answer, if the client has seen nothing yet."""
+
+    code = "replica_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """What to answer. `body` is JSON; no stack trace and no message of a foreign library is ever in it."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def http_error(error: Exception) -> HttpError:
+    """The answer to a request that ended with `error`."""
+    if not isinstance(error, FloraError):
+        return plain_error(500, "the server failed; its log says more", code="internal_error")
+    status = 401 if isinstance(error, NotLocalError) else 500
+    status = next((number for kind, number in _STATUS if isinstance(error, kind)), status)
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = str(OverloadedError.retry_after_s)
+    return plain_error(status, error.message, error.param, error.code, headers)
+
+
+def plain_error(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> HttpError:
+    """An answer for what has no error class of ours, such as an unknown path."""
+    error = {
+        "message": message,
+        "type": _TYPES.get(status, "server_error"),
+        "param": param,
+        "code": code or _CODES.get(status, "internal_error"),
+    }
+    return HttpError(status, {"error": error}, headers or {})

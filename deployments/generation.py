@@ -1,0 +1,151 @@
+"""One answer on its way to a client: engine outputs in, text out. Knows nothing of HTTP.
+
+Text is decoded as it comes, stop strings end it, a lost replica is replaced while the client has seen nothing, and an
+output that other adapters computed than were asked for ends the answer with an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from deployments.errors import ReplicaLostError, RequestTimeoutError, WrongAdapterError
+from deployments.gateway import EngineGateway, ReplicaOutputs
+from deployments.stop_strings import StopStrings
+from deployments.text import TextCodec
+from storage.errors import FloraError
+from workers.engine.request import EngineRequest, FinishReason, RequestOutput
+
+_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of an answer. The last one alone has a finish reason; `text` may be empty."""
+
+    text: str
+    finish_reason: str | None = None
+
+
+class Generation:
+    """Drive with `start`, then either `deltas` or `text`; then `close`, whatever happened.
+
+    Args:
+        request: its id is unique in the cluster.
+        stops: strings that end the answer and are not part of it.
+    """
+
+    def __init__(
+        self, gateway: EngineGateway, codec: TextCodec, request: EngineRequest, stops: list[str]
+    ) -> None:
+        self.request = request
+        self.num_tokens = 0
+        self.replica_id = ""
+        self.adapter_tier: str | None = None
+        self.queue_time_s = 0.0
+        self._gateway = gateway
+        self._codec = codec
+        self._stops = stops
+        self._may_retry = True
+        self._stream: AsyncGenerator[ReplicaOutputs, None] | None = None
+        self._first: ReplicaOutputs | None = None
+
+    async def start(self) -> None:
+        """Wait for the first output, so a refusal is known before the response begins.
+
+        Raises:
+            FloraError: why there will be no answer.
+        """
+        while self._first is None:
+            self._stream = self._gateway.generate(self.request)
+            try:
+                first = await anext(self._stream, None)
+            except ReplicaLostError as error:
+                self._retry_or_raise(error)
+                continue
+            if first is None:
+                raise FloraError("the engine gave no answer")
+            _check_adapters(self.request, first)
+            _raise_refusal(first.outputs[0])
+            self._first = first
+        self.replica_id = self._first.replica_id
+        self.adapter_tier = self._first.outputs[0].adapter_tier
+        self.queue_time_s = self._first.outputs[0].queue_time_s or 0.0
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """The answer as it comes. A replica lost now is an error: the client has seen a part."""
+        decoder = self._codec.decoder(self.request.prompt_token_ids)
+        stops = StopStrings(self._stops)
+        async with aclosing(self._outputs()) as outputs:
+            async for output in outputs:
+                text = ""
+                for token in output.new_token_ids:
+                    self.num_tokens += 1
+                    piece = decoder.push(token)
+                    # Before min_tokens nothing may stop the answer.
+                    is_armed = self.num_tokens >= self.request.sampling.min_tokens
+                    text += stops.push(piece) if is_armed else piece
+                    if stops.found:
+                        yield Delta(text, "stop")
+                        return
+                if output.finish_reason is not None:
+                    text += stops.push(decoder.flush())
+                    text += stops.flush()
+                    reason = "stop" if stops.found else _REASONS[output.finish_reason]
+                    yield Delta(text, reason)
+                    return
+                if text:
+                    yield Delta(text)
+
+    async def text(self) -> Delta:
+        """The whole answer. Nobody has seen anything yet, so a lost replica's work is done again elsewhere, once."""
+        while True:
+            try:
+                await self.start()
+                pieces = [delta async for delta in self.deltas()]
+            except ReplicaLostError as error:
+                self._retry_or_raise(error)
+                self.num_tokens = 0
+                continue
+            return Delta("".join(delta.text for delta in pieces), pieces[-1].finish_reason)
+
+    async def close(self) -> None:
+        """Abort what is still running. May be repeated."""
+        if self._stream is not None:
+            await self._stream.aclose()
+
+    def _retry_or_raise(self, error: ReplicaLostError) -> None:
+        if not self._may_retry:
+            raise error
+        self._may_retry = False
+        self._first = None
+        # The replica may live on behind a broken connection, and knows the first id.
+        self.request = replace(self.request, request_id=f"{self.request.request_id}-again")
+
+    async def _outputs(self) -> AsyncGenerator[RequestOutput, None]:
+        assert self._first is not None and self._stream is not None, "start() comes first"
+        async with aclosing(self._stream) as stream:
+            for output in self._first.outputs:
+                yield output
+            async for batch in stream:
+                _check_adapters(self.request, batch)
+                for output in batch.outputs:
+                    _raise_refusal(output)
+                    yield output
+        raise FloraError("the engine's answer ended early")
+
+
+def _check_adapters(request: EngineRequest, batch: ReplicaOutputs) -> None:
+    for output in batch.outputs:
+        if output.adapters != request.adapters:
+            raise WrongAdapterError(
+                "the answer was computed with other adapters than were asked for; it is withheld"
+            )
+
+
+def _raise_refusal(output: RequestOutput) -> None:
+    if output.finish_reason is FinishReason.ERROR:
+        raise output.error or FloraError("the engine could not answer")
+    if output.finish_reason is FinishReason.ABORT:
+        raise RequestTimeoutError("the answer was not finished in time")

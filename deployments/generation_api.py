@@ -1,0 +1,189 @@
+"""POST /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from deployments.api import Api, new_request_id
+from deployments.errors import http_error
+from deployments.event_stream import EventStreamResponse, merged
+from deployments.generation import Delta, Generation
+from deployments.openai_responses import DONE, Kind, ResponseWriter, Usage, event
+from deployments.openai_schema import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+)
+from storage.errors import ContextLengthError
+from workers.engine.request import EngineRequest
+
+router = APIRouter()
+
+Result = TypeVar("Result")
+
+
+@router.post("/v1/completions")
+async def complete(request: Request, body: CompletionRequest) -> Response:
+    """Continue each prompt; a list of prompts has one choice each."""
+    api: Api = request.app.state.api
+    prompts = await asyncio.to_thread(_encode_all, api, body.prompts())
+    limit = body.max_tokens or DEFAULT_MAX_TOKENS
+    return await _answer(request, body, "completion", prompts, limit)
+
+
+@router.post("/v1/chat/completions")
+async def chat(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation, in the model's own chat template."""
+    api: Api = request.app.state.api
+    messages = [message.as_template_input() for message in body.messages]
+    prompt = await asyncio.to_thread(api.codec.encode_chat, messages)
+    limit = body.token_limit() or max(1, api.codec.context_tokens - len(prompt))
+    return await _answer(request, body, "chat", [prompt], limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """The generations of one HTTP request."""
+
+    generations: list[Generation]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            sum(len(each.request.prompt_token_ids) for each in self.generations),
+            sum(each.num_tokens for each in self.generations),
+        )
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Who answered. Several prompts may have been answered by several replicas."""
+        first = self.generations[0]
+        version = first.request.adapters.version
+        headers = {
+            "x-replica-id": ",".join(sorted({each.replica_id for each in self.generations})),
+            "x-queue-time-ms": f"{1000 * max(each.queue_time_s for each in self.generations):.1f}",
+        }
+        if version is not None:
+            headers["x-adapter-version"] = version
+            headers["x-adapter-tier"] = first.adapter_tier or "device"
+        return headers
+
+    async def close(self) -> None:
+        for each in self.generations:
+            await each.close()
+
+
+async def _answer(
+    request: Request,
+    body: GenerationRequest,
+    kind: Kind,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> Response:
+    api: Api = request.app.state.api
+    answers = _Answers(await _generations(api, request, body, prompts, max_tokens))
+    writer = ResponseWriter(
+        kind, new_request_id(), body.model, int(time.time()), body.wants_usage_chunk
+    )
+    if body.stream:
+        return await _stream(answers, writer)
+    try:
+        texts = await _together([each.text() for each in answers.generations])
+    finally:
+        await answers.close()
+    return JSONResponse(writer.whole(texts, answers.usage), headers=answers.headers)
+
+
+async def _generations(
+    api: Api,
+    request: Request,
+    body: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> list[Generation]:
+    """One generation for each prompt, none of them started. Raises what is wrong with the request."""
+    stops, sampling = body.stop_strings(), body.sampling(max_tokens)
+    for prompt in prompts:
+        _check_length(api, prompt, max_tokens)
+    model = await api.names.resolve(body.model, api.tenant)
+    request_id = new_request_id()
+    return [
+        Generation(
+            api.gateway,
+            api.codec,
+            EngineRequest(
+                # Not the client's own id, which it may use twice at a time.
+                request_id=f"{request_id}-{index}",
+                prompt_token_ids=tuple(prompt),
+                sampling=sampling,
+                adapters=model.adapters,
+                tenant=api.tenant,
+                deadline_s=time.time() + api.request_timeout_s,
+                trace_id=request.scope["request_id"],
+                work_per_token=model.work_per_token,
+            ),
+            stops,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+async def _stream(answers: _Answers, writer: ResponseWriter) -> Response:
+    """A stream, once every generation has its first output: until then a refusal is a status."""
+    try:
+        await _together([each.start() for each in answers.generations])
+    except BaseException:
+        await answers.close()
+        raise
+    return EventStreamResponse(_events(answers, writer), answers.close, answers.headers)
+
+
+async def _events(answers: _Answers, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
+    for index in range(len(answers.generations)):
+        opening = writer.opening(index)
+        if opening is not None:
+            yield event(opening)
+    try:
+        sources: list[AsyncGenerator[Delta, None]] = [each.deltas() for each in answers.generations]
+        async for index, delta in merged(sources):
+            for chunk in writer.piece(index, delta):
+                yield event(chunk)
+    except Exception as error:
+        # The status is long sent; OpenAI's clients raise on an event with an error.
+        yield event(http_error(error).body)
+        return
+    if writer.with_usage:
+        yield event(writer.usage_chunk(answers.usage))
+    yield DONE
+
+
+def _encode_all(api: Api, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
+    return [api.codec.encode(each) if isinstance(each, str) else each for each in prompts]
+
+
+def _check_length(api: Api, prompt: Sequence[int], max_tokens: int) -> None:
+    context = api.codec.context_tokens
+    if len(prompt) + max_tokens > context:
+        raise ContextLengthError(
+            f"{len(prompt)} prompt tokens and up to {max_tokens} new ones do not fit the model's "
+            f"context of {context} tokens",
+            param="max_tokens" if len(prompt) < context else "prompt",
+        )
+
+
+async def _together(calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """The results of all calls. The first error ends the others and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(call) for call in calls]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]

@@ -1,0 +1,126 @@
+"""The HTTP application: routes, request ids, and every error in one shape."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments import adapters_api, generation_api, models_api, service_api
+from deployments.api import Api, new_request_id
+from deployments.errors import HttpError, NotLocalError, http_error, plain_error
+from deployments.version import VERSION
+from storage.errors import FloraError, InvalidRequestError, UnsupportedFieldError
+
+_MAX_REQUEST_ID = 128
+
+_log = logging.getLogger(__name__)
+
+
+def create_http_app(api: Api) -> FastAPI:
+    """The application over the parts in `api`. Needs no Ray."""
+    app = FastAPI(title="FLoRA Cluster", version=VERSION)
+    app.state.api = api
+    for module in (generation_api, models_api, adapters_api, service_api):
+        app.include_router(module.router)
+    app.add_exception_handler(FloraError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(_Door, allows_remote=api.allows_remote)
+    return app
+
+
+def respond(error: HttpError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    return respond(http_error(error))
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    """A body that does not validate: the first thing wrong, with the field's place."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) or None
+    message = f"{param or 'the request body'}: {first['msg']}"
+    if first["type"] == "json_invalid":
+        return respond(http_error(InvalidRequestError("the request body is not valid JSON")))
+    if first["type"] == "extra_forbidden":
+        return respond(http_error(UnsupportedFieldError(f"there is no field {param}", param=param)))
+    return respond(http_error(InvalidRequestError(message, param=param)))
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's own: an unknown path, a wrong method."""
+    assert isinstance(error, HTTPException)
+    place = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    return respond(plain_error(error.status_code, f"{place}: {error.detail}", headers=headers))
+
+
+class _Door:
+    """Around everything: who may come in, a request id for each response, and nothing of our inside on a crash."""
+
+    def __init__(self, app: ASGIApp, allows_remote: bool) -> None:
+        self._app = app
+        self._allows_remote = allows_remote
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope["request_id"] = request_id
+        has_started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                message["headers"] = [
+                    *message.get("headers", []),
+                    (b"x-request-id", request_id.encode("latin-1")),
+                ]
+            await send(message)
+
+        try:
+            if not self._allows_remote and not _is_local(scope):
+                error = NotLocalError(
+                    "this server has no API keys and answers only its own machine"
+                )
+                await respond(http_error(error))(scope, receive, send_with_id)
+            else:
+                await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            _log.exception("request %s failed", request_id)
+            if has_started:
+                raise
+            await respond(http_error(error))(scope, receive, send_with_id)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own, if it is fit to be repeated in a header; else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if 0 < len(text) <= _MAX_REQUEST_ID and text.isascii() and text.isprintable():
+                return text
+    return new_request_id()
+
+
+def _is_local(scope: Scope) -> bool:
+    client: Any = scope.get("client")
+    if not client:  # a socket of this machine's own
+        return True
+    try:
+        return ipaddress.ip_address(client[0]).is_loopback
+    except ValueError:
+        return False

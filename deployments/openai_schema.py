@@ -1,0 +1,169 @@
+"""What a client may send, in OpenAI's names. What is not supported is refused by name, never ignored.
+
+A field this server does not have is accepted only with the value that asks for nothing (`neutral_fields`).
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deployments.neutral_fields import without_neutral_fields
+from storage.errors import InvalidRequestError
+from workers.engine.request import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, for /v1/completions; a chat answer may fill the context."""
+_MAX_STOP_STRINGS = 16
+_MAX_PROMPTS = 128
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(BaseModel):
+    """The fields completions and chat share. None means the field was not sent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str = Field(min_length=1, max_length=512)
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, description="0 and -1: all tokens.")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
+        return without_neutral_fields(body, cls.model_fields) if isinstance(body, dict) else body
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def stop_strings(self) -> list[str]:
+        """Raises InvalidRequestError for an empty string, or too many."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MAX_STOP_STRINGS or not all(stops):
+            raise InvalidRequestError(
+                f"stop takes up to {_MAX_STOP_STRINGS} strings, none of them empty", param="stop"
+            )
+        return stops
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """How to answer with at most `max_tokens` tokens. Without a seed of the client's, a random one is drawn.
+
+        Raises:
+            InvalidRequestError: names the field.
+        """
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options is only allowed with stream: true", param="stream_options"
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry for each answer. Raises InvalidRequestError when there is none, or an empty one."""
+        prompt = self.prompt
+        prompts: Any = prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            prompts = [prompt]
+        if not 1 <= len(prompts) <= _MAX_PROMPTS or [] in prompts:
+            raise InvalidRequestError(
+                f"prompt takes 1 to {_MAX_PROMPTS} prompts, each of at least one token",
+                param="prompt",
+            )
+        return list(prompts)
+
+
+class ContentPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn. `developer` is the newer name of `system`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
+        return without_neutral_fields(body, cls.model_fields) if isinstance(body, dict) else body
+
+    def as_template_input(self) -> dict[str, str]:
+        """What chat templates take."""
+        text = self.content
+        if not isinstance(text, str):
+            text = "".join(part.text for part in text)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    def token_limit(self) -> int | None:
+        """Raises InvalidRequestError when the two names of the field disagree."""
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise InvalidRequestError(
+                "max_tokens and max_completion_tokens are one field under two names and differ",
+                param="max_tokens",
+            )
+        return old if new is None else new
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a text, or a conversation in the model's template."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = None
+    tokens: list[int]

@@ -1,0 +1,76 @@
+"""The engine replica as a Serve deployment: an engine, its adapter cache and its heartbeat, wired together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import ray
+from ray import serve
+
+from cluster.actor import PlacementSpec
+from cluster.table import ReplicaOrders, ReplicaReport
+from deployments.gateway import ReplicaOutputs
+from deployments.heartbeat import Heartbeat
+from deployments.request_streams import RequestStreams
+from deployments.settings import Settings
+from storage.adapter_cache import AdapterCache
+from storage.registry import Registry
+from storage.stores import open_store
+from workers.engine.building import build_engine
+from workers.engine.request import EngineRequest
+from workers.engine.thread_client import ThreadEngineClient
+
+
+class EngineReplica:
+    """One engine behind Serve. Requests come through `AdapterRouter`."""
+
+    def __init__(self, settings: Settings, spec: PlacementSpec) -> None:
+        self._replica_id = serve.get_replica_context().replica_id.unique_id
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._host_bytes = settings.storage.host_bytes
+        self._cache = AdapterCache(Registry(open_store(settings.storage)), settings.storage)
+        self._client = ThreadEngineClient(build_engine(settings.engine, self._cache.get))
+        self._streams = RequestStreams(self._client, self._replica_id)
+        Heartbeat(spec, self._report, self._obey).start()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+        """See `RequestStreams.generate`."""
+        async for batch in self._streams.generate(request):
+            yield batch
+
+    async def ping(self) -> bool:
+        return self._client.is_alive()
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        if not self._client.is_alive():
+            raise RuntimeError("the engine's thread is gone or stuck")
+
+    def __del__(self) -> None:
+        client = getattr(self, "_client", None)
+        if client is not None:
+            client.stop()
+
+    def _report(self) -> ReplicaReport | None:
+        if not self._client.is_alive():
+            return None
+        load = self._client.load()
+        return ReplicaReport(
+            replica_id=self._replica_id,
+            node_id=self._node_id,
+            rows=load.bank_rows,
+            num_bytes=self._host_bytes,
+            device=load.device,
+            host=tuple(self._cache.host_versions()),
+            disk=tuple(self._cache.disk_versions()),
+            work=load.work,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            loads=load.loads,
+            evictions=load.evictions,
+            rows_used=load.bank_rows_used,
+            tokens_out=load.tokens_out,
+        )
+
+    def _obey(self, orders: ReplicaOrders) -> None:
+        self._client.prefetch(orders.wanted, orders.pinned)

@@ -1,0 +1,96 @@
+"""A replica's requests: each waits in its own inbox for what the engine's steps bring it. No Ray.
+
+The engine speaks once per step, from its own thread; the replica's event loop hands each request its part.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from deployments.gateway import ReplicaOutputs
+from storage.errors import FloraError
+from workers.engine.client import EngineClient
+from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+
+
+class _Inbox:
+    """Outputs of one request that its reader has not taken yet. The event loop's thread only."""
+
+    def __init__(self) -> None:
+        self._outputs: list[RequestOutput] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, output: RequestOutput) -> None:
+        self._outputs.append(output)
+        self._arrived.set()
+
+    async def take(self) -> tuple[RequestOutput, ...]:
+        """All that is there, at least one: a slow reader gets several steps at once."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        outputs, self._outputs = tuple(self._outputs), []
+        return outputs
+
+
+class RequestStreams:
+    """Requests to an engine as async generators.
+
+    Args:
+        client: started here.
+        replica_id: stamped on every batch.
+    """
+
+    def __init__(self, client: EngineClient, replica_id: str) -> None:
+        self._client = client
+        self._replica_id = replica_id
+        self._inboxes: dict[str, _Inbox] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        client.start(self._on_step)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+        """Run a request; the last batch has a finish reason. A refusal is an output too, never an exception.
+
+        Closed or cancelled early, it aborts the request in the engine. One event loop for all requests.
+        """
+        self._loop = asyncio.get_running_loop()
+        inbox = _Inbox()
+        is_over = True
+        try:
+            try:
+                self._client.submit(request)
+            except FloraError as error:
+                yield self._batch(
+                    RequestOutput(
+                        request.request_id,
+                        request.adapters,
+                        finish_reason=FinishReason.ERROR,
+                        error=error,
+                    )
+                )
+                return
+            # Before any await, so no step's output can be handed out in between.
+            self._inboxes[request.request_id] = inbox
+            is_over = False
+            while not is_over:
+                outputs = await inbox.take()
+                is_over = outputs[-1].finish_reason is not None
+                yield self._batch(*outputs)
+        finally:
+            self._inboxes.pop(request.request_id, None)
+            if not is_over:
+                self._client.abort(request.request_id)
+
+    def _batch(self, *outputs: RequestOutput) -> ReplicaOutputs:
+        return ReplicaOutputs(self._replica_id, outputs)
+
+    def _on_step(self, outputs: StepOutputs) -> None:
+        loop = self._loop
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._hand_out, outputs)
+
+    def _hand_out(self, outputs: StepOutputs) -> None:
+        for output in outputs.outputs:
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is not None:  # else its reader has gone
+                inbox.put(output)

@@ -1,0 +1,72 @@
+"""The request router of the engine deployment: Serve asks it, `cluster.routing` answers.
+
+It runs beside each handle to the engine, so in the ingress's process, and reads that process's view of the placement
+table. Serve tries the groups of replicas in order; within a group it would pick the shortest queue, so each group
+here is one replica, in our order.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from cluster.actor import PlacementSpec
+from cluster.routing import AssignedWork, routing_order
+from deployments.table_poller import shared_view
+from workers.engine.request import EngineRequest
+
+_MAX_CHOICES = 10_000
+
+
+class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
+    """Routes `EngineRequest`s to replicas that have their adapter; everything else to the least busy replica."""
+
+    def initialize_state(self, spec: dict[str, Any]) -> None:
+        """`spec` is a `PlacementSpec` as JSON: Serve hands it over from the deployment's settings."""
+        self._view = shared_view(PlacementSpec.model_validate(spec))
+        self._assigned = AssignedWork(time.monotonic)
+        self._choices: dict[str, str] = {}  # request → replica, until one has accepted
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        request = _engine_request(pending_request)
+        version = request.adapters.version if request else None
+        assigned = self._assigned.by_replica(by_id.keys())
+        order = routing_order(version, by_id.keys(), self._view.table, assigned)
+        if request is not None and order:
+            # At once, not when the replica has accepted: requests of the same moment must see each other.
+            self._assign(request, order[0])
+        return [[by_id[replica_id]] for replica_id in order]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """Serve calls this when a replica has accepted; it may be another than the first choice."""
+        request = _engine_request(pending_request)
+        if request is not None:
+            self._assign(request, replica_id.unique_id)
+            del self._choices[request.request_id]
+
+    def _assign(self, request: EngineRequest, replica_id: str) -> None:
+        """Count the request's work for a replica, and no longer for the one it was counted for before."""
+        before = self._choices.pop(request.request_id, None)
+        if before is not None:
+            self._assigned.add(before, -request.work)
+        elif request.adapters.version is not None:
+            self._view.record(request.adapters.version, request.work)
+        self._assigned.add(replica_id, request.work)
+        self._choices[request.request_id] = replica_id
+        if len(self._choices) > _MAX_CHOICES:  # given up before any replica accepted
+            del self._choices[next(iter(self._choices))]
+
+
+def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
+    if pending is not None and pending.args and isinstance(pending.args[0], EngineRequest):
+        return pending.args[0]
+    return None
