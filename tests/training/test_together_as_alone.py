@@ -1,0 +1,104 @@
+"""The bar: adapters trained together end as each would alone. What one does never reaches another."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.training.tiny_jobs import (
+    Recorder,
+    adapter,
+    largest_difference,
+    trained,
+    trainer,
+)
+from training.events import AdapterFailed, AdapterPublished
+from training.spec import AdapterSpec
+
+FOUR_RANKS = [
+    adapter("one", rank=1, batch_size=2, weight_decay=0.05),
+    adapter(
+        "two", rank=2, seed=4, schedule="cosine", warmup_steps=5, learning_rate=1.2e-2, steps=70
+    ),
+    adapter("four", rank=4, seed=5, batch_size=3, learning_rate=4e-3, steps=60),
+    adapter("eight", rank=8, seed=6, schedule="linear", clip_norm=0.1),
+]
+MIXED_FAMILIES = [
+    adapter("flora", rank=2, rank_pattern={"q_proj": 5, "down_proj": 1}),
+    adapter("lora", family="lora", rank=4, learning_rate=5e-3, target_modules=["q_proj", "v_proj"]),
+    adapter("paper", rank=3, offset=0, learning_rate=4e-3),
+    adapter("rslora", family="rslora", rank=8, alpha=8, learning_rate=1e-3, steps=55),
+]
+
+
+@pytest.mark.parametrize("specs", [FOUR_RANKS, MIXED_FAMILIES], ids=["ranks", "families"])
+def test_adapters_trained_together_equal_each_trained_alone(specs: list[AdapterSpec]) -> None:
+    together = trained(*specs)
+    for spec in specs:
+        alone = trained(spec)
+        losses, expected = together.losses(spec.name), alone.losses(spec.name)
+        assert len(losses) == spec.steps >= 50
+        assert expected[-1] <= 0.8 * expected[0], "it must have learnt something to be compared"
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) <= 1e-5
+        rows, alone_rows = together.published[spec.name], alone.published[spec.name]
+        assert largest_difference(rows, alone_rows) <= 1e-5
+
+
+def test_another_seed_is_another_adapter() -> None:
+    """The twin of the test above: it can tell two adapters apart."""
+    one, other = trained(adapter("one", seed=1)), trained(adapter("one", seed=2))
+    assert largest_difference(one.published["one"], other.published["one"]) > 1e-2
+
+
+@pytest.mark.parametrize("value", [math.nan, 3e38])
+@pytest.mark.parametrize("family", ["flora", "lora"])
+def test_a_broken_adapter_leaves_the_healthy_ones_bits_alone(family: str, value: float) -> None:
+    """Compared with the same job in which the neighbour is well and ends after the step that breaks it here."""
+    healthy = [
+        adapter("flora", rank=4, steps=12),
+        adapter("lora", family="lora", rank=2, learning_rate=5e-3, steps=12),
+    ]
+    neighbour = adapter("neighbour", family=family, rank=3, steps=1, batch_size=3)
+    expected = trained(healthy[0], neighbour, healthy[1])
+
+    recorder = Recorder()
+    broken = trainer(
+        healthy[0], neighbour.model_copy(update={"steps": 12}), healthy[1], recorder=recorder
+    )
+    for block in broken.rows.blocks.values():
+        block.weight_KW[block.owner_K == 1] = value
+    broken.run()
+
+    (failure,) = recorder.of(AdapterFailed)
+    assert failure.adapter == "neighbour"
+    assert "step 1 is not finite" in failure.reason
+    assert [event.adapter for event in recorder.of(AdapterPublished)] == ["flora", "lora"]
+    for spec in healthy:
+        assert recorder.losses(spec.name) == expected.losses(spec.name)
+        rows, others = recorder.published[spec.name], expected.published[spec.name]
+        for path, module in rows.modules.items():
+            for name, tensor in module.tensors().items():
+                assert torch.equal(tensor, others.modules[path].tensors()[name]), (path, name)
+
+
+def test_a_finished_adapter_is_published_at_once_and_its_rows_freeze() -> None:
+    recorder = Recorder()
+    job = trainer(adapter("short", steps=3), adapter("long", steps=9), recorder=recorder)
+    job.start()
+    for _ in range(3):
+        job.step()
+    assert set(recorder.published) == {"short"}
+    at_publish = recorder.published["short"]
+    while not job.is_done:
+        job.step()
+    assert set(recorder.published) == {"short", "long"}
+    assert largest_difference(job.rows.rows_of(0), at_publish) == 0.0
+
+
+def test_a_step_split_over_several_forwards_has_the_same_gradient() -> None:
+    specs = [adapter("one", rank=2, steps=8), adapter("two", rank=4, steps=8)]
+    whole, parts = trained(*specs), trained(*specs, max_step_tokens=16)
+    for spec in specs:
+        assert largest_difference(whole.published[spec.name], parts.published[spec.name]) < 1e-5

@@ -1,0 +1,122 @@
+"""A tiny random Llama to train on, data it can learn, and the pieces of a trainer, in the fewest words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from storage.adapter_rows import AdapterRows
+from storage.identity import AdapterVersion
+from training.adapter_run import AdapterData, AdapterRun
+from training.events import AdapterStep, TrainingEvent
+from training.frozen_base import FrozenBase
+from training.spec import AdapterSpec
+from training.tokens import TokenSequence
+from training.trainer import MultiAdapterTrainer
+from workers.models.loading import LoadedBase
+
+VOCABULARY = 64
+
+
+def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The same random model every time."""
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def tiny_base(dtype: torch.dtype = torch.float32) -> FrozenBase:
+    loaded = LoadedBase(tiny_model(dtype), digest="0" * 64, directory=Path("nowhere"))
+    return FrozenBase.adopt(loaded, max_tokens=64)
+
+
+def adapter(name: str, **fields: Any) -> AdapterSpec:
+    defaults: dict[str, Any] = {"rank": 1, "data": "none.jsonl", "steps": 50, "seed": 3}
+    return AdapterSpec.model_validate({"name": name, **defaults, **fields})
+
+
+def sequences(name: str, count: int = 12) -> tuple[TokenSequence, ...]:
+    """Prompts of several lengths, each answered by the same few tokens: another answer for another name."""
+    made = []
+    for index in range(count):
+        digest = hashlib.sha256(f"{name} {index}".encode()).digest()
+        prompt = [3 + byte % (VOCABULARY - 3) for byte in digest[: 4 + index % 5]]
+        answer = [3 + byte % 20 for byte in hashlib.sha256(name.encode()).digest()[:3]]
+        made.append(
+            TokenSequence(
+                (*prompt, *answer, 2), (False,) * len(prompt) + (True,) * (len(answer) + 1)
+            )
+        )
+    return tuple(made)
+
+
+def run_of(spec: AdapterSpec, *, held_out: tuple[TokenSequence, ...] = ()) -> AdapterRun:
+    data = AdapterData(sequences(spec.name), held_out)
+    return AdapterRun(spec, data, spec.num_steps(len(data.training)))
+
+
+class Recorder:
+    """Takes down events and publications."""
+
+    def __init__(self) -> None:
+        self.events: list[TrainingEvent] = []
+        self.published: dict[str, AdapterRows] = {}
+
+    def publish(self, spec: AdapterSpec, rows: AdapterRows) -> AdapterVersion:
+        self.published[spec.name] = rows
+        return AdapterVersion("f" * 64)
+
+    def losses(self, name: str) -> list[float]:
+        steps = [event for event in self.events if isinstance(event, AdapterStep)]
+        return [event.loss for event in steps if event.adapter == name]
+
+    def of(self, kind: type[TrainingEvent]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def trainer(
+    *specs: AdapterSpec,
+    recorder: Recorder,
+    dtype: torch.dtype = torch.float32,
+    run: Callable[[AdapterSpec], AdapterRun] = run_of,
+    **options: Any,
+) -> MultiAdapterTrainer:
+    return MultiAdapterTrainer(
+        tiny_base(dtype),
+        [run(spec) for spec in specs],
+        publish=recorder.publish,
+        on_event=recorder.events.append,
+        **options,
+    )
+
+
+def trained(*specs: AdapterSpec, **options: Any) -> Recorder:
+    """Train to the end."""
+    recorder = Recorder()
+    trainer(*specs, recorder=recorder, **options).run()
+    return recorder
+
+
+def largest_difference(one: AdapterRows, other: AdapterRows) -> float:
+    """Over all tensors of two adapters with the same modules."""
+    assert one.modules.keys() == other.modules.keys()
+    return max(
+        float((tensor - other.modules[path].tensors()[name]).abs().max())
+        for path, rows in one.modules.items()
+        for name, tensor in rows.tensors().items()
+    )

@@ -1,0 +1,110 @@
+"""One adapter in training: its settings, its data, and how far it has come. Its rows are elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from training.example_stream import ExampleStream
+from training.schedule import learning_rate
+from training.spec import AdapterSpec
+from training.tokens import TokenSequence
+
+
+class RunStatus(StrEnum):
+    TRAINING = "training"
+    FINISHED = "finished"  # its rows are frozen, not published yet
+    PUBLISHED = "published"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterData:
+    """Tokenised data of one adapter, and what was lost on the way."""
+
+    training: tuple[TokenSequence, ...]
+    held_out: tuple[TokenSequence, ...] = ()
+    truncated: int = 0
+    dropped: int = 0
+
+
+@dataclass(slots=True)
+class AdapterRun:
+    """Mutable state of one adapter. `step` counts finished optimizer steps of `num_steps`."""
+
+    spec: AdapterSpec
+    data: AdapterData
+    num_steps: int
+    stream: ExampleStream = field(init=False)
+    status: RunStatus = RunStatus.TRAINING
+    step: int = 0
+    loss: float = math.nan
+    best_held_out: float = math.inf
+    evaluations_since_best: int = 0
+    outcome: str = ""  # the published version, or why it failed
+
+    def __post_init__(self) -> None:
+        assert self.spec.seed is not None
+        self.stream = ExampleStream(len(self.data.training), self.spec.seed)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def is_training(self) -> bool:
+        return self.status is RunStatus.TRAINING
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in (RunStatus.PUBLISHED, RunStatus.FAILED)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return learning_rate(self.spec, self.step, self.num_steps)
+
+    @property
+    def wants_evaluation(self) -> bool:
+        evaluation = self.spec.evaluation
+        return evaluation is not None and (
+            self.step % evaluation.every_steps == 0 or self.step == self.num_steps
+        )
+
+    def draw(self) -> Sequence[TokenSequence]:
+        """The next step's batch."""
+        return [self.data.training[index] for index in self.stream.draw(self.spec.batch_size)]
+
+    def note_held_out(self, loss: float) -> bool:
+        """Take down an evaluation; says whether it is time to stop early."""
+        rule = self.spec.early_stop
+        needed = rule.min_improvement if rule is not None else 0.0
+        if loss < self.best_held_out - needed:
+            self.best_held_out, self.evaluations_since_best = loss, 0
+        else:
+            self.evaluations_since_best += 1
+        return rule is not None and self.evaluations_since_best >= rule.patience
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes: numbers and strings only."""
+        return {
+            "status": self.status.value,
+            "step": self.step,
+            "drawn": self.stream.drawn,
+            "loss": self.loss,
+            "best_held_out": self.best_held_out,
+            "evaluations_since_best": self.evaluations_since_best,
+            "outcome": self.outcome,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.status = RunStatus(state["status"])
+        self.step = state["step"]
+        self.stream.drawn = state["drawn"]
+        self.loss = state["loss"]
+        self.best_held_out = state["best_held_out"]
+        self.evaluations_since_best = state["evaluations_since_best"]
+        self.outcome = state["outcome"]

@@ -1,0 +1,85 @@
+"""The model that all adapters of a job share: frozen, its linear layers adapted, its attention packed.
+
+Shape legend: T tokens of the stream, L positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from storage.errors import InvalidRequestError
+from training.packed_attention import PackedAttention
+from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
+from workers.models.loading import LoadedBase
+from workers.models.wrapping import wrap_linears
+from workers.row_form.adapted_linear import AdapterLayers
+from workers.row_form.cost import cost_model_for
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenBase:
+    """One forward in two halves, so that logits are made only where they are wanted."""
+
+    layers: AdapterLayers
+    head: nn.Module  # hidden_LH → logits_LV
+    dtype: torch.dtype
+    device: torch.device
+    digest: str
+    _decoder: nn.Module
+
+    @classmethod
+    def adopt(cls, base: LoadedBase, *, max_tokens: int) -> FrozenBase:
+        """Prepare a loaded model for training; it is changed in place.
+
+        Args:
+            max_tokens: the longest sequence it will see.
+
+        Raises:
+            InvalidRequestError: names what the model needs and training does not have.
+        """
+        model = base.model
+        adopt_attention(model, max_tokens)
+        layers = wrap_linears(model, cost_model_for(model.dtype, training=True))
+        frozen = cls(
+            layers=layers,
+            head=model.get_output_embeddings(),
+            dtype=model.dtype,
+            device=model.device,
+            digest=base.digest,
+            _decoder=model.get_decoder(),
+        )
+        frozen._refuse_other_heads(model)
+        return frozen
+
+    def hidden_states(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: PackedAttention
+    ) -> Tensor:
+        """The decoder's last hidden states_TH, under the step its layers were told of."""
+        arguments: dict[str, Any] = {BACKEND_ARGUMENT: attention}
+        output = self._decoder(
+            input_ids=tokens_T[None], position_ids=positions_T[None], use_cache=False, **arguments
+        )
+        hidden_1TH: Tensor = output.last_hidden_state
+        return hidden_1TH[0]
+
+    @torch.no_grad()
+    def _refuse_other_heads(self, model: PreTrainedModel) -> None:
+        """Some models scale or cap their logits after the head; leaving that out would train another model."""
+        token_T = torch.zeros(1, dtype=torch.int64, device=self.device)
+        attention = PackedAttention([1], self.device)
+        self.layers.begin_step(None)
+        halves_LV = self.head(self.hidden_states(token_T, token_T, attention))
+        arguments: dict[str, Any] = {BACKEND_ARGUMENT: attention}
+        whole_1LV = model(
+            input_ids=token_T[None], position_ids=token_T[None], use_cache=False, **arguments
+        ).logits
+        if not torch.allclose(halves_LV, whole_1LV[0], rtol=1e-3, atol=1e-3):
+            raise InvalidRequestError(
+                f"{type(model).__name__} changes its logits after the output layer, which training does not know",
+                param="base",
+            )

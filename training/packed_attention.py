@@ -1,0 +1,44 @@
+"""Attention over sequences that stand one after another in one token stream: none sees another, none is padded outside.
+
+Only attention itself needs a rectangle; every other layer runs on the real tokens alone.
+
+Shape legend: T tokens, B sequences, L the longest, H query heads, K key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+class PackedAttention:
+    """The attention of one step, for transformers models that `adopt_attention` switched over; has no cache."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self._shape = (len(lengths), max(lengths))
+        self._place_T = torch.cat(
+            [torch.arange(n) + row * self._shape[1] for row, n in enumerate(lengths)]
+        ).to(device)
+
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
+    ) -> Tensor:
+        """Causal self-attention of each sequence. Padding is on the right, where causality hides it."""
+        out_BHLD = functional.scaled_dot_product_attention(
+            self._rectangle(query_THD),
+            self._rectangle(key_TKD),
+            self._rectangle(value_TKD),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=query_THD.shape[1] != key_TKD.shape[1],
+        )
+        return out_BHLD.transpose(1, 2).flatten(0, 1).index_select(0, self._place_T)
+
+    def _rectangle(self, x_THD: Tensor) -> Tensor:
+        rows, longest = self._shape
+        padded = x_THD.new_zeros(rows * longest, *x_THD.shape[1:])
+        padded = padded.index_copy(0, self._place_T, x_THD)
+        return padded.view(rows, longest, *x_THD.shape[1:]).transpose(1, 2)

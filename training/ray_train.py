@@ -1,0 +1,270 @@
+"""One job as a Ray Train run: each worker holds the whole frozen base and trains its own share of the adapters.
+
+There is no gradient traffic between workers; they only meet in `report`, which is a barrier, so every worker reports
+every round. A round's checkpoint has one file per adapter, so a run may go on with another number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from storage.base_checkpoint import BaseFacts
+from storage.config import StorageSettings
+from storage.identity import checked_name
+from storage.registry import Registry
+from storage.stores import open_store
+from training.adapter_run import AdapterData, AdapterRun
+from training.config import TrainingSettings
+from training.events import (
+    EVENTS_FILE,
+    AdapterFailed,
+    AdapterPublished,
+    EventSink,
+    EventWriter,
+    JobFailed,
+    JobFinished,
+    JobStarted,
+    read_events,
+)
+from training.frozen_base import FrozenBase
+from training.job_plan import JobPlan, plan_job
+from training.publishing import publisher
+from training.spec import TrainingSpec
+from training.trainer import MultiAdapterTrainer
+from workers.models.loading import load_base
+
+_POLL_S = 0.2
+
+
+class JobSettings(Protocol):
+    """The areas a job needs; `deployments.settings.Settings` has them too."""
+
+    @property
+    def storage(self) -> StorageSettings: ...
+
+    @property
+    def training(self) -> TrainingSettings: ...
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended: versions of what was published, reasons of what failed, by adapter.
+
+    `error` says why the job as a whole stopped, if it did.
+    """
+
+    published: Mapping[str, str] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def is_success(self) -> bool:
+        return self.error is None and not self.failed
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """Everything one job's workers need, as plain data. The share of worker w is `shares[w]`."""
+
+    spec: TrainingSpec
+    base: BaseFacts
+    data: Mapping[str, AdapterData]
+    num_steps: Mapping[str, int]
+    shares: tuple[tuple[str, ...], ...]
+    num_rounds: int
+    storage: StorageSettings
+    training: TrainingSettings
+    job_id: str
+    events: Path
+
+
+def job_directory(settings: JobSettings, job_id: str) -> Path:
+    """Where a job's events and checkpoints are."""
+    return settings.training.storage_path.expanduser().resolve() / job_id
+
+
+def run_training(
+    spec: TrainingSpec, settings: JobSettings, on_event: EventSink, *, job_id: str
+) -> JobResult:
+    """Run a job on the Ray this process is connected to, and wait for it.
+
+    A job of the same id that was cut off goes on from its last checkpoint.
+
+    Args:
+        on_event: told every event as it happens, from a thread of its own.
+        job_id: names the job's directory; a valid name as of `storage.identity`.
+
+    Raises:
+        SpecificationError, InvalidRequestError: found before any worker starts.
+    """
+    checked_name(job_id, param="job_id")
+    plan = plan_job(spec, settings.training.num_workers)
+    directory = job_directory(settings, job_id)
+    tell = EventWriter(directory / EVENTS_FILE)
+    start = read_events(directory / EVENTS_FILE).next
+    try:
+        with _followed(directory / EVENTS_FILE, start, on_event):
+            tell(JobStarted(job_id, tuple(plan.data), len(plan.shares)))
+            error = _fit(_task(plan, settings, job_id, directory), settings.training, directory)
+            result = _result(directory / EVENTS_FILE, error)
+            if error is None:
+                tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
+            else:
+                tell(JobFailed(job_id, error))
+    finally:
+        tell.close()
+    return result
+
+
+def _task(plan: JobPlan, settings: JobSettings, job_id: str, directory: Path) -> WorkerTask:
+    return WorkerTask(
+        spec=plan.spec,
+        base=plan.base,
+        data=plan.data,
+        num_steps=plan.num_steps,
+        shares=plan.shares,
+        num_rounds=plan.num_rounds,
+        storage=settings.storage,
+        training=settings.training,
+        job_id=job_id,
+        events=directory / EVENTS_FILE,
+    )
+
+
+def _fit(task: WorkerTask, settings: TrainingSettings, directory: Path) -> str | None:
+    """Run to the end; returns why it did not get there."""
+    trainer = TorchTrainer(
+        _train_share,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=len(task.shares),
+            use_gpu=settings.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": settings.cpus_per_worker,
+                **({"GPU": settings.gpus_per_worker} if settings.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=directory.name,
+            storage_path=str(directory.parent),
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        return str(error)
+    return None
+
+
+def _result(events: Path, error: str | None) -> JobResult:
+    """The events are the job's memory: what was told last of an adapter holds, also after a resume."""
+    published: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for event in read_events(events).events:
+        if isinstance(event, AdapterPublished):
+            published[event.adapter] = event.version
+            failed.pop(event.adapter, None)
+        elif isinstance(event, AdapterFailed):
+            failed[event.adapter] = event.reason
+            published.pop(event.adapter, None)
+    return JobResult(published, failed, error)
+
+
+@contextmanager
+def _followed(events: Path, start: int, on_event: EventSink) -> Iterator[None]:
+    """Tell `on_event` what is appended to a file while the block runs, to the last line."""
+    done = threading.Event()
+
+    def follow() -> None:
+        at = start
+        while True:
+            is_last = done.wait(_POLL_S)
+            page = read_events(events, at)
+            at = page.next
+            for event in page.events:
+                on_event(event)
+            if is_last:
+                return
+
+    thread = threading.Thread(target=follow, name="training-events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _train_share(config: Mapping[str, Any]) -> None:
+    """The function Ray Train runs on every worker."""
+    task: WorkerTask = config["task"]
+    context = ray.train.get_context()
+    cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
+    torch.set_num_threads(task.training.threads or max(1, cores))
+    share = task.shares[context.get_world_rank()]
+    tell = EventWriter(task.events)
+    trainer = _trainer(task, share, tell)
+    first_round = _restore(trainer)
+    trainer.start()
+    for done in range(first_round + 1, task.num_rounds + 1):
+        for _ in range(task.spec.checkpoint_every_steps):
+            trainer.step()
+        _report(trainer, done)
+    tell.close()
+
+
+def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> MultiAdapterTrainer:
+    device = ray.train.torch.get_device()
+    adapters = [adapter for adapter in task.spec.adapters if adapter.name in share]
+    loaded = load_base(task.spec.base, getattr(torch, task.spec.dtype), device)
+    return MultiAdapterTrainer(
+        FrozenBase.adopt(loaded, max_tokens=max(one.sequence_length for one in adapters)),
+        [AdapterRun(one, task.data[one.name], task.num_steps[one.name]) for one in adapters],
+        publish=publisher(
+            Registry(open_store(task.storage)),
+            task.base,
+            tenant=task.spec.tenant,
+            job_id=task.job_id,
+            max_bytes=task.storage.max_adapter_bytes,
+        ),
+        on_event=tell,
+        max_step_tokens=task.training.max_step_tokens,
+    )
+
+
+def _report(trainer: MultiAdapterTrainer, done: int) -> None:
+    """Save this worker's adapters as round `done`, and wait for the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number, run in enumerate(trainer.runs):
+            state = {"round": done, **trainer.state_of(number)}
+            torch.save(state, Path(folder) / f"{run.name}.pt")
+        ray.train.report({"round": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _restore(trainer: MultiAdapterTrainer) -> int:
+    """Take up the last checkpoint, if there is one; returns the rounds that are done."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    done = 0
+    with checkpoint.as_directory() as folder:
+        for number, run in enumerate(trainer.runs):
+            state = torch.load(Path(folder) / f"{run.name}.pt", weights_only=True)
+            trainer.restore(number, state)
+            done = state["round"]
+    return done

@@ -1,0 +1,205 @@
+"""What a training job shall make: one base model, several adapters, each with a data set and settings of its own.
+
+A specification is plain data. `spec_file.read_spec` makes one from YAML or JSON; nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from storage.errors import InvalidRequestError
+from storage.identity import DEFAULT_ALIAS, DEFAULT_TENANT, checked_name
+
+Family = Literal["flora", "lora", "rslora"]
+
+ALL_LINEAR: Literal["all-linear"] = "all-linear"
+
+DEFAULT_LEARNING_RATE = {"flora": 8e-3, "lora": 2e-4, "rslora": 2e-4}
+"""FLoRA's is the paper's (section 4): its rows scale weights that exist, so they need larger steps than LoRA's."""
+
+
+class Evaluation(BaseModel):
+    """Held-out examples, by a file of their own or as a part of the training file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path | None = None
+    fraction: float | None = Field(default=None, gt=0, le=0.5, description="Of the training file.")
+    every_steps: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.data is None) == (self.fraction is None):
+            raise PydanticCustomError("one_source", "give either data or fraction")
+        return self
+
+
+class EarlyStop(BaseModel):
+    """Stop when the held-out loss has not fallen by `min_improvement` in `patience` evaluations in a row."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    patience: int = Field(default=3, ge=1)
+    min_improvement: float = Field(default=0.0, ge=0)
+
+
+class AdapterSpec(BaseModel):
+    """One adapter. `learning_rate`, `alpha` and the length are never None once validated, where the family has them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    data: Path = Field(description="JSONL; relative to the specification's folder.")
+    family: Family = "flora"
+    rank: int = Field(ge=1, le=1024)
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict,
+        description="Other ranks by module, keys as in PEFT: `q_proj`, or a regular expression; first match wins.",
+    )
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default=ALL_LINEAR, description="Ends of module paths (`q_proj`), or all-linear."
+    )
+    offset: Literal[0, 1] = Field(
+        default=1, description="FLoRA: 1 starts at the base model for any rank; 0 is the paper's."
+    )
+    alpha: float | None = Field(default=None, gt=0, description="LoRA's; twice the rank if unset.")
+    batch_size: int = Field(default=4, ge=1, le=4096, description="Examples of a step.")
+    sequence_length: int = Field(
+        default=512, ge=2, description="Longer examples are cut at the end, and counted."
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=1, description="8e-3 for FLoRA, 2e-4 for LoRA if unset."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Largest norm of the adapter's gradient; null: no clipping."
+    )
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0, description="3 if steps is unset too.")
+    evaluation: Evaluation | None = None
+    early_stop: EarlyStop | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="The job's if unset.")
+    alias: str = Field(default=DEFAULT_ALIAS, description="What the new version is called.")
+
+    @field_validator("name", "alias")
+    @classmethod
+    def _valid_name(cls, text: str) -> str:
+        return _checked(text)
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_targets(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise PydanticCustomError("no_targets", "name at least one module, or all-linear")
+        return targets
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _valid_patterns(cls, patterns: dict[str, int]) -> dict[str, int]:
+        for pattern, rank in patterns.items():
+            if not 1 <= rank <= 1024:
+                raise PydanticCustomError("rank_range", f"{pattern}: a rank is 1 to 1024")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PydanticCustomError("bad_pattern", f"{pattern}: {error}") from None
+        return patterns
+
+    @model_validator(mode="before")
+    @classmethod
+    def _family_defaults(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        filled = dict(values)
+        family = filled.get("family", "flora")
+        if filled.get("learning_rate") is None and family in DEFAULT_LEARNING_RATE:
+            filled["learning_rate"] = DEFAULT_LEARNING_RATE[family]
+        if filled.get("steps") is None and filled.get("epochs") is None:
+            filled["epochs"] = 3.0
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.family == "flora" and self.alpha is not None:
+            raise PydanticCustomError("no_alpha", "alpha is LoRA's; FLoRA has none")
+        if self.family != "flora" and self.offset != 1:
+            raise PydanticCustomError("no_offset", "offset is FLoRA's")
+        if self.steps is not None and self.epochs is not None:
+            raise PydanticCustomError("two_lengths", "give either steps or epochs")
+        if self.early_stop is not None and self.evaluation is None:
+            raise PydanticCustomError("no_evaluation", "early_stop needs evaluation")
+        return self
+
+    def rank_of(self, module: str) -> int:
+        """The rank in one module, by its full path."""
+        for pattern, rank in self.rank_pattern.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return rank
+        return self.rank
+
+    def scaling_of(self, module: str) -> float:
+        """LoRA's factor before its rows: alpha/r, or alpha/√r for rsLoRA."""
+        rank = self.rank_of(module)
+        alpha = self.alpha if self.alpha is not None else 2.0 * self.rank
+        return alpha / (rank**0.5 if self.family == "rslora" else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether this adapter changes the linear projection at a full module path."""
+        if self.target_modules == ALL_LINEAR:
+            return True
+        return any(module == end or module.endswith(f".{end}") for end in self.target_modules)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Optimizer steps over a training set of that size."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, -(-int(self.epochs * num_examples) // self.batch_size))
+
+
+class TrainingSpec(BaseModel):
+    """One job. Names of adapters are unique in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str = Field(min_length=1, description="A directory in transformers' layout, or a hub id.")
+    base_id: str = Field(
+        default="", description="What users call the base; its last part if unset."
+    )
+    tenant: str = DEFAULT_TENANT
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        default="float32", description="Of the frozen base; adapters train in float32 or wider."
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    checkpoint_every_steps: int = Field(default=50, ge=1)
+    adapters: tuple[AdapterSpec, ...] = Field(min_length=1)
+
+    @field_validator("tenant")
+    @classmethod
+    def _valid_tenant(cls, text: str) -> str:
+        return _checked(text)
+
+    @model_validator(mode="after")
+    def _fill(self) -> Self:
+        if not self.base_id:
+            object.__setattr__(self, "base_id", Path(self.base).name.lower())
+        seeded = (
+            adapter if adapter.seed is not None else adapter.model_copy(update={"seed": self.seed})
+            for adapter in self.adapters
+        )
+        object.__setattr__(self, "adapters", tuple(seeded))
+        return self
+
+
+def _checked(text: str) -> str:
+    try:
+        return checked_name(text)
+    except InvalidRequestError as error:
+        raise PydanticCustomError("bad_name", "{reason}", {"reason": error.message}) from None

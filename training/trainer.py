@@ -1,0 +1,271 @@
+"""Many adapters trained in one forward and backward over one frozen base model. No Ray, no files.
+
+Everything that decides how an adapter trains is its own: its loss is the mean over its own completion tokens, its
+gradient is clipped by its own norm, its AdamW, schedule, data order and end are its own. What they share is the pass
+through the base, whose cost hardly grows with another adapter.
+
+Shape legend: T tokens of the stream, L completion positions, S adapters, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from storage.adapter_rows import AdapterRows
+from storage.errors import AdapterRefusedError
+from storage.identity import AdapterVersion
+from training.adapter_run import AdapterRun, RunStatus
+from training.batches import OwnedSequence, PackedBatch, pack, split
+from training.completion_loss import completion_nll
+from training.events import (
+    AdapterEvaluated,
+    AdapterFailed,
+    AdapterFinished,
+    AdapterPublished,
+    AdapterStarted,
+    AdapterStep,
+    EventSink,
+)
+from training.frozen_base import FrozenBase
+from training.initial_rows import initial_rows
+from training.optimizer import RowAdamW, StepSettings
+from training.spec import AdapterSpec
+from training.trainable_rows import TrainableRows
+
+Publish = Callable[[AdapterSpec, AdapterRows], AdapterVersion]
+"""Stores a finished adapter. Raises AdapterRefusedError when it breaks a rule; any other error ends the job."""
+
+
+class MultiAdapterTrainer:
+    """Trains until every adapter is published or failed.
+
+    Args:
+        base: the frozen model; this trainer is its only user while it lives.
+        runs: the adapters, each with its data.
+        publish: called once per finished adapter, at once.
+        on_event: told everything that happens, in order, from within `start` and `step`.
+        max_step_tokens: longest forward; a step with more tokens runs in several, with the same gradient.
+        clock: seconds, for speeds only.
+
+    Raises:
+        SpecificationError: an adapter targets modules the model does not have.
+    """
+
+    def __init__(
+        self,
+        base: FrozenBase,
+        runs: Sequence[AdapterRun],
+        *,
+        publish: Publish,
+        on_event: EventSink,
+        max_step_tokens: int = 8192,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.runs = tuple(runs)
+        self._base = base
+        self._publish = publish
+        self._on_event = on_event
+        self._max_step_tokens = max_step_tokens
+        self._clock = clock
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        projections = base.layers.projections
+        self.rows = TrainableRows(
+            base.layers,
+            {run.name: initial_rows(run.spec, projections, dtype) for run in self.runs},
+            dtype,
+            base.device,
+        )
+        self._optimizer = RowAdamW(tuple(self.rows.blocks.values()), len(self.runs))
+
+    @property
+    def is_done(self) -> bool:
+        return all(run.is_over for run in self.runs)
+
+    def start(self) -> None:
+        """Announce the adapters that are not over, and publish those a checkpoint holds finished but unpublished."""
+        for number, run in enumerate(self.runs):
+            if run.is_over:
+                continue
+            self._on_event(
+                AdapterStarted(
+                    adapter=run.name,
+                    family=run.spec.family,
+                    rank=run.spec.rank,
+                    step=run.step,
+                    steps=run.num_steps,
+                    sequences=len(run.data.training),
+                    truncated=run.data.truncated,
+                    dropped=run.data.dropped,
+                )
+            )
+            if run.status is RunStatus.FINISHED:
+                self._publish_run(number)
+
+    def step(self) -> None:
+        """One optimizer step of every adapter in training; nothing when there is none."""
+        training = [number for number, run in enumerate(self.runs) if run.is_training]
+        if not training:
+            return
+        began = self._clock()
+        rates = [run.learning_rate if run.is_training else 0.0 for run in self.runs]
+        batch = {number: self._owned(number, self.runs[number].draw()) for number in training}
+        self._optimizer.zero_gradients()
+        loss_S = self._accumulate(batch)
+        norm_S = self._optimizer.gradient_norms()
+        healthy_S = loss_S.isfinite() & norm_S.isfinite()
+        self._optimizer.step(norm_S, self._settings(rates, healthy_S))
+        losses, norms, healthy = loss_S.tolist(), norm_S.tolist(), healthy_S.tolist()
+        seconds = max(self._clock() - began, 1e-9)
+        for number in training:
+            run = self.runs[number]
+            if not healthy[number]:
+                what = "loss" if not math.isfinite(losses[number]) else "gradient"
+                self._fail(run, f"the {what} of step {run.step + 1} is not finite")
+                continue
+            run.step += 1
+            run.loss = losses[number]
+            tokens = sum(one.num_inputs for one in batch[number])
+            self._on_event(
+                AdapterStep(
+                    adapter=run.name,
+                    step=run.step,
+                    steps=run.num_steps,
+                    loss=run.loss,
+                    gradient_norm=norms[number],
+                    learning_rate=rates[number],
+                    tokens_per_s=tokens / seconds,
+                )
+            )
+        self._evaluate([n for n in training if self.runs[n].is_training])
+        for number in training:
+            if (
+                self.runs[number].is_training
+                and self.runs[number].step >= self.runs[number].num_steps
+            ):
+                self._finish(number, "all steps done")
+
+    def run(self) -> None:
+        """All steps of all adapters."""
+        self.start()
+        while not self.is_done:
+            self.step()
+
+    # Checkpoints.
+
+    def state_of(self, number: int) -> dict[str, Any]:
+        """Everything one adapter needs to go on as if undisturbed, in any trainer over the same base.
+
+        A published or failed one needs no rows: the registry has them, or nobody wants them.
+        """
+        run = self.runs[number]
+        return {"run": run.state(), "rows": None if run.is_over else self.rows.state_of(number)}
+
+    def restore(self, number: int, state: Mapping[str, Any]) -> None:
+        """Take up an adapter where `state_of` left it. Call before `start`."""
+        self.runs[number].restore(state["run"])
+        if state["rows"] is not None:
+            self.rows.restore(number, state["rows"])
+
+    # One step's arithmetic.
+
+    def _owned(self, number: int, sequences: Sequence[Any]) -> list[OwnedSequence]:
+        slot = self.rows.slots[number]
+        return [OwnedSequence(number, slot, sequence) for sequence in sequences]
+
+    def _accumulate(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> Tensor:
+        """Run forward and backward; returns each adapter's mean loss_S, 0 for those without tokens."""
+        count_S = self._learnt_tokens(batch)
+        flat = [one for owned in batch.values() for one in owned]
+        loss_S = torch.zeros_like(count_S)
+        for part in split(flat, self._max_step_tokens):
+            part_S = self._summed_nll(part) / count_S
+            part_S.sum().backward()  # type: ignore[no-untyped-call]
+            loss_S += part_S.detach()
+        return loss_S
+
+    def _learnt_tokens(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> Tensor:
+        counts = [1.0] * len(self.runs)
+        for number, owned in batch.items():
+            counts[number] = float(sum(one.sequence.num_learnt for one in owned))
+        dtype = torch.promote_types(self._base.dtype, torch.float32)
+        return torch.tensor(counts, dtype=dtype, device=self._base.device)
+
+    def _summed_nll(self, owned: Sequence[OwnedSequence]) -> Tensor:
+        """nll_S, summed over each adapter's own completion tokens."""
+        packed = pack(owned, self.rows.bank.resident_slots, self._base.device)
+        nll_L = self._nll(packed)
+        return nll_L.new_zeros(len(self.runs)).index_add(0, packed.adapter_L, nll_L)
+
+    def _nll(self, packed: PackedBatch) -> Tensor:
+        self._base.layers.begin_step(packed.plan)
+        hidden_TH = self._base.hidden_states(packed.tokens_T, packed.positions_T, packed.attention)
+        return completion_nll(
+            hidden_TH.index_select(0, packed.predict_from_L), packed.target_L, self._base.head
+        )
+
+    def _settings(self, rates: Sequence[float], healthy_S: Tensor) -> StepSettings:
+        def vector(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=self._base.device)
+
+        training_S = torch.tensor([run.is_training for run in self.runs], device=self._base.device)
+        return StepSettings(
+            learning_rate_S=vector(list(rates)),
+            weight_decay_S=vector([run.spec.weight_decay for run in self.runs]),
+            clip_norm_S=vector([run.spec.clip_norm or math.inf for run in self.runs]),
+            count_S=vector([run.step + 1.0 for run in self.runs]),
+            active_S=training_S & healthy_S,
+        )
+
+    # What happens to one adapter.
+
+    def _evaluate(self, candidates: Sequence[int]) -> None:
+        """Held-out loss of those whose turn it is, in mixed batches; stops those that no longer improve."""
+        due = [n for n in candidates if self.runs[n].wants_evaluation]
+        if not due:
+            return
+        owned = {n: self._owned(n, self.runs[n].data.held_out) for n in due}
+        size = {n: self.runs[n].spec.batch_size for n in due}
+        chunks = [
+            [owned[n][start : start + size[n]] for start in range(0, len(owned[n]), size[n])]
+            for n in due
+        ]
+        total = torch.zeros_like(self._learnt_tokens({}))
+        with torch.no_grad():
+            for mixed in zip_longest(*chunks, fillvalue=()):
+                for part in split([one for chunk in mixed for one in chunk], self._max_step_tokens):
+                    total = total + self._summed_nll(part)
+        losses = (total / self._learnt_tokens(owned)).tolist()
+        for number in due:
+            run = self.runs[number]
+            self._on_event(AdapterEvaluated(adapter=run.name, step=run.step, loss=losses[number]))
+            if run.note_held_out(losses[number]) and run.step < run.num_steps:
+                self._finish(number, "early stop: the held-out loss no longer falls")
+
+    def _finish(self, number: int, reason: str) -> None:
+        run = self.runs[number]
+        run.status = RunStatus.FINISHED
+        self._on_event(
+            AdapterFinished(adapter=run.name, step=run.step, loss=run.loss, reason=reason)
+        )
+        self._publish_run(number)
+
+    def _publish_run(self, number: int) -> None:
+        run = self.runs[number]
+        try:
+            version = self._publish(run.spec, self.rows.rows_of(number))
+        except AdapterRefusedError as error:
+            self._fail(run, f"it was refused: {error.message}")
+            return
+        run.status, run.outcome = RunStatus.PUBLISHED, version
+        self._on_event(AdapterPublished(adapter=run.name, version=version, alias=run.spec.alias))
+
+    def _fail(self, run: AdapterRun, reason: str) -> None:
+        run.status, run.outcome = RunStatus.FAILED, reason
+        self._on_event(AdapterFailed(adapter=run.name, step=run.step, reason=reason))
