@@ -2,7 +2,7 @@
 
 The model is switched to an attention implementation that is registered here and handed the back end of the forward as
 a keyword argument, which transformers passes down to every layer. No mask function is registered under that name, so
-the model builds no mask. What a model asks for and the back end lacks is refused by name, never ignored.
+the model builds no mask. What a model asks for and back ends lack is refused by name when it is adopted, never ignored.
 
 Shape legend: T tokens in the step, H query heads, K key/value heads, D head dimension.
 """
@@ -34,19 +34,33 @@ _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class Attend(Protocol):
     """The part of `AttentionBackend` a layer uses."""
 
-    max_tokens_per_slot: int
-
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
     ) -> Tensor: ...
 
 
 class AttentionProbe:
-    """Attends each token to itself only, and takes down the shapes every layer asks for."""
+    """Stands in for a back end once, to see what every layer asks for; each token attends to itself only."""
 
     def __init__(self, max_tokens: int) -> None:
-        self.max_tokens_per_slot = max_tokens
         self.kv_shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._max_tokens = max_tokens
+
+    def check(
+        self, module: nn.Module, is_self_attention: bool, arguments: Mapping[str, Any]
+    ) -> None:
+        """Raises InvalidRequestError for an argument that asks for more than plain causal self-attention."""
+        for name, what in _LACKING.items():
+            if arguments.get(name) is not None:
+                raise _refusal(module, what)
+        is_causal = arguments.get("is_causal")
+        if not is_self_attention or not (
+            getattr(module, "is_causal", True) if is_causal is None else is_causal
+        ):
+            raise _refusal(module, "attention that is not causal self-attention")
+        window = arguments.get("sliding_window")
+        if window is not None and window < self._max_tokens:
+            raise _refusal(module, f"a sliding window of {window} tokens")
 
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
@@ -116,22 +130,13 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls: query [1, H, T, D], key and value [1, K, T, D], output [1, T, H, D]."""
     backend: Attend = arguments[BACKEND_ARGUMENT]
-    for name, what in _LACKING.items():
-        if arguments.get(name) is not None:
-            raise _refusal(module, what)
-    if attention_mask is not None:
-        raise _refusal(module, "an attention mask of its own")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if not causal or key.shape[2] != query.shape[2]:
-        raise _refusal(module, "attention that is not causal self-attention")
-    if sliding_window is not None and sliding_window < backend.max_tokens_per_slot:
-        raise _refusal(module, f"a sliding window of {sliding_window} tokens")
+    if isinstance(backend, AttentionProbe):
+        is_self_attention = attention_mask is None and key.shape[2] == query.shape[2]
+        backend.check(module, is_self_attention, arguments)
     output_THD = backend.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0].transpose(0, 1),
