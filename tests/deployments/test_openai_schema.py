@@ -1,0 +1,163 @@
+"""What a client may send: neutral values pass, everything else that is not supported is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.openai_schema import ChatRequest, CompletionRequest
+from storage.errors import InvalidRequestError, UnsupportedFieldError
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"model": "m", "messages": MESSAGES, **fields})
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": "m", "prompt": "hi", **fields})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", []),
+        ("tools", None),
+        ("tool_choice", "none"),
+        ("response_format", {"type": "text"}),
+        ("store", True),
+        ("metadata", {"trace": "7"}),
+        ("n", 1),
+        ("logprobs", None),
+        ("logprobs", False),
+        ("top_logprobs", None),
+        ("presence_penalty", 0),
+        ("frequency_penalty", 0.0),
+        ("repetition_penalty", 1.0),
+        ("min_p", 0.0),
+        ("logit_bias", {}),
+        ("echo", False),
+        ("best_of", 1),
+        ("suffix", None),
+        ("service_tier", "auto"),
+        ("parallel_tool_calls", True),
+    ],
+)
+def test_a_field_that_asks_for_nothing_is_accepted(field: str, value: Any) -> None:
+    assert chat(**{field: value}) == chat()
+    assert completion(**{field: value}) == completion()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("n", 2),
+        ("n", True),
+        ("logprobs", True),
+        ("logprobs", 0),  # in completions: the chosen tokens' own
+        ("top_logprobs", 5),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("min_p", 0.1),
+        ("logit_bias", {"5": 1}),
+        ("echo", True),
+        ("audio", {"voice": "x"}),
+        ("temprature", 1.0),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> None:
+    for build in (chat, completion):
+        with pytest.raises(UnsupportedFieldError, match=field) as caught:
+            build(**{field: value})
+        assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 2.5),
+        ("temperature", "1"),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("stream", "yes"),
+        ("stop", [1]),
+        ("seed", 2**63),
+        ("stream_options", {"include": True}),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_fields_name(field: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        completion(**{field: value})
+    assert caught.value.errors()[0]["loc"][0] == field
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("hi", ["hi"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_a_prompt_is_a_string_several_strings_or_tokens(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompts() == expected
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [[1], []]])
+def test_an_empty_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=prompt).prompts()
+    assert caught.value.param == "prompt"
+
+
+def test_sampling_takes_openais_defaults_and_a_seed_of_its_own() -> None:
+    first, second = completion().sampling(16), completion().sampling(16)
+    assert (first.temperature, first.top_p, first.top_k) == (1.0, 1.0, 0)
+    assert first.seed != second.seed
+    assert completion(seed=-5, temperature=None, top_k=-1).sampling(16).seed == -5
+
+
+def test_fields_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(max_tokens=5, max_completion_tokens=6).token_limit()
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(stream_options={"include_usage": True}).sampling(5)
+    assert caught.value.param == "stream_options"
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(min_tokens=6).sampling(5)
+    assert caught.value.param == "min_tokens"
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(stop=["a", ""]).stop_strings()
+    assert caught.value.param == "stop"
+
+
+def test_text_parts_are_joined_and_a_developer_is_a_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "developer", "content": parts}]}
+    )
+    assert request.messages[0].as_template_input() == {"role": "system", "content": "ab"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "tool", "content": "x"},
+        {"role": "user"},
+    ],
+)
+def test_messages_other_than_text_are_refused(message: Any) -> None:
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate({"model": "m", "messages": [message]})
