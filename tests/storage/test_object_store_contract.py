@@ -46,9 +46,9 @@ def test_a_missing_object_is_not_found(store: ObjectStore) -> None:
         assert not store.exists(key)
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "expected"),
-    [
+def test_a_range_is_cut_where_the_object_ends(store: ObjectStore) -> None:
+    store.put("letters", b"abcdefgh")
+    for start, stop, expected in (
         (0, 4, b"abcd"),
         (2, 5, b"cde"),
         (4, 100, b"efgh"),
@@ -56,13 +56,8 @@ def test_a_missing_object_is_not_found(store: ObjectStore) -> None:
         (50, 60, b""),
         (3, 3, b""),
         (5, 2, b""),
-    ],
-)
-def test_a_range_is_cut_where_the_object_ends(
-    store: ObjectStore, start: int, stop: int, expected: bytes
-) -> None:
-    store.put("letters", b"abcdefgh")
-    assert store.get_range("letters", start, stop) == expected
+    ):
+        assert store.get_range("letters", start, stop) == expected
 
 
 def test_put_if_absent_never_replaces(store: ObjectStore) -> None:
@@ -139,19 +134,17 @@ def test_a_listing_is_complete_beyond_one_page(
     assert [entry.key for entry in store.list("many/")] == [f"many/{n:02}" for n in range(35)]
 
 
-@pytest.mark.parametrize(
-    "key", ["", "/a", "a/", "a//b", "..", "a/../b", ".", "a/./b", "a b", "a\\b", "~lock", "é"]
-)
-def test_a_key_that_could_leave_the_store_is_refused(store: ObjectStore, key: str) -> None:
-    with pytest.raises(ValueError):
-        checked_key(key)
-    for call in (store.get, store.exists, store.delete):
+def test_a_key_that_could_leave_the_store_is_refused(store: ObjectStore) -> None:
+    for key in ("", "/a", "a/", "a//b", "..", "a/../b", ".", "a/./b", "a b", "a\\b", "~lock", "é"):
         with pytest.raises(ValueError):
-            call(key)
-    with pytest.raises(ValueError):
-        store.put(key, b"")
-    with pytest.raises(ValueError):
-        store.put_if_absent(key, b"")
+            checked_key(key)
+        for call in (store.get, store.exists, store.delete):
+            with pytest.raises(ValueError):
+                call(key)
+        with pytest.raises(ValueError):
+            store.put(key, b"")
+        with pytest.raises(ValueError):
+            store.put_if_absent(key, b"")
 
 
 def test_of_many_threads_creating_one_object_exactly_one_wins(store: ObjectStore) -> None:

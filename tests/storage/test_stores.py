@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,55 +9,25 @@ import pytest
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError, StoreUnavailableError
 from storage.local_store import LocalObjectStore
-from storage.object_store import ObjectInfo, ObjectStore, StoredObject
+from storage.object_store import ObjectStore, StoredObject
 from storage.s3_store import S3ObjectStore
 from storage.stores import check_conditional_writes, open_store
+from tests.storage.passing_store import PassingStore
 
 
-class _Passing:
-    """A store in front of another one."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self.store = store
-
-    def get(self, key: str) -> StoredObject:
-        return self.store.get(key)
-
-    def get_range(self, key: str, start: int, stop: int) -> bytes:
-        return self.store.get_range(key, start, stop)
-
-    def put(self, key: str, data: bytes) -> None:
-        self.store.put(key, data)
-
-    def put_if_absent(self, key: str, data: bytes) -> str:
-        return self.store.put_if_absent(key, data)
-
-    def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
-        return self.store.compare_and_swap(key, data, etag)
-
-    def exists(self, key: str) -> bool:
-        return self.store.exists(key)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        return self.store.list(prefix)
-
-    def delete(self, key: str) -> None:
-        self.store.delete(key)
-
-
-class _IgnoresIfNoneMatch(_Passing):
+class _IgnoresIfNoneMatch(PassingStore):
     def put_if_absent(self, key: str, data: bytes) -> str:
         self.store.put(key, data)
         return self.store.get(key).etag
 
 
-class _IgnoresIfMatch(_Passing):
+class _IgnoresIfMatch(PassingStore):
     def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
         self.store.put(key, data)
         return self.store.get(key).etag
 
 
-class _CreatesOnIfMatch(_Passing):
+class _CreatesOnIfMatch(PassingStore):
     """Checks the etag of what is there, but takes a missing object for a match."""
 
     def compare_and_swap(self, key: str, data: bytes, etag: str) -> str:
@@ -67,7 +36,7 @@ class _CreatesOnIfMatch(_Passing):
         return self.store.put_if_absent(key, data)
 
 
-class _ForgetsWrites(_Passing):
+class _ForgetsWrites(PassingStore):
     def get(self, key: str) -> StoredObject:
         return StoredObject(b"something else", self.store.get(key).etag)
 
@@ -82,7 +51,7 @@ class _ForgetsWrites(_Passing):
     ],
 )
 def test_a_store_that_does_not_keep_conditional_writes_is_refused(
-    store: ObjectStore, broken: type[_Passing], told: str
+    store: ObjectStore, broken: type[PassingStore], told: str
 ) -> None:
     with pytest.raises(StoreUnavailableError, match=told):
         check_conditional_writes(broken(store))
