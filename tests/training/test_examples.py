@@ -1,0 +1,60 @@
+"""Three formats of data, told apart, and refused by line where they are none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.errors import SpecificationError
+from training.examples import ChatExample, Message, TextExample, read_examples
+
+
+def data(tmp_path: Path, *lines: Any) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
+    return path
+
+
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "ho"}
+CHAT = {"messages": [USER, ASSISTANT]}
+TEXT = {"prompt": "p", "completion": "c"}
+
+
+def test_each_format_is_detected(tmp_path: Path) -> None:
+    assert (
+        read_examples(data(tmp_path, CHAT, "", CHAT))
+        == (ChatExample((Message("user", "hi"), Message("assistant", "ho"))),) * 2
+    )
+    assert read_examples(data(tmp_path, {**TEXT, "id": 4})) == (TextExample("p", "c"),)
+    alpaca = {"instruction": "do", "input": "it", "output": "done"}
+    assert read_examples(data(tmp_path, alpaca)) == (
+        ChatExample((Message("user", "do\n\nit"), Message("assistant", "done"))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([CHAT, "{"], "line 2: not JSON"),
+        ([CHAT, "", [1]], "line 3: expected a JSON object"),
+        ([CHAT, TEXT], "line 2: a completion example, but line 1 is chat"),
+        ([{**CHAT, **TEXT}], "line 1: fits two formats: chat and completion"),
+        ([{"text": "x"}], "line 1: no known format"),
+        ([], "no examples"),
+        ([{"prompt": "p", "completion": ""}], "line 1: completion: is empty"),
+        ([{"messages": [USER]}], "line 1: the last message must be the assistant's"),
+        ([{"messages": []}], "line 1: messages: expected a list"),
+        ([{"messages": [{"role": "pope", "content": ""}]}], r"messages\.0: expected a role"),
+        ([{"messages": [USER, {"role": "assistant"}]}], r"messages\.1: content: expected a string"),
+    ],
+)
+def test_a_bad_line_is_named_by_number(tmp_path: Path, lines: list[Any], says: str) -> None:
+    with pytest.raises(SpecificationError, match=says) as caught:
+        read_examples(data(tmp_path, *lines))
+    assert caught.value.message.startswith("data.jsonl")

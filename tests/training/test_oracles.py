@@ -1,0 +1,209 @@
+"""Against others' arithmetic: PEFT trained by a plain loop, and autograd with each adapter's weights written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
+
+from storage.adapter_rows import AdapterRows, ModuleRows
+from storage.identity import AdapterVersion
+from tests.training.tiny_jobs import (
+    Recorder,
+    adapter,
+    largest_difference,
+    run_of,
+    sequences,
+    tiny_model,
+    trained,
+    trainer,
+)
+from training.example_stream import ExampleStream
+from training.initial_rows import initial_rows
+from training.spec import AdapterSpec
+from training.tokens import TokenSequence
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def padded_loss(model: Any, batch: Sequence[TokenSequence]) -> Tensor:
+    """The loss as everybody writes it: a right-padded rectangle, an attention mask, labels of −100."""
+    longest = max(len(one.tokens) for one in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, one in enumerate(batch):
+        tokens, learnt = torch.tensor(one.tokens), torch.tensor(one.learnt)
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)][learnt] = tokens[learnt]
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+def peft_loop(spec: AdapterSpec) -> tuple[list[float], AdapterRows]:
+    """Train one adapter with PEFT, torch's AdamW and torch's clipping, from the same start on the same batches."""
+    base = tiny_model()
+    shapes = {
+        path: (module.in_features, module.out_features)
+        for path, module in base.named_modules()
+        if path.endswith(TARGETS)
+    }
+    start = initial_rows(spec, shapes, torch.float32)
+    if spec.family == "flora":
+        config: Any = HiraConfig(r=spec.rank, target_modules=list(TARGETS))
+        in_name, out_name = "hira_A", "hira_B"
+    else:
+        config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            use_rslora=spec.family == "rslora",
+            target_modules=list(TARGETS),
+        )
+        in_name, out_name = "lora_A", "lora_B"
+    model = get_peft_model(base, config)
+    parameters: dict[str, tuple[Tensor, Tensor]] = {}
+    for path, rows in start.modules.items():
+        layer = model.base_model.model.get_submodule(path)
+        sides = [getattr(layer, name)["default"] for name in (in_name, out_name)]
+        in_RI, out_OR = (getattr(side, "weight", side) for side in sides)
+        with torch.no_grad():
+            in_RI.copy_(_in_side(rows))
+            out_OR.copy_(_out_side(rows).T)
+        parameters[path] = (in_RI, out_OR)
+
+    trainable = [one for one in model.parameters() if one.requires_grad]
+    assert len(trainable) == 2 * len(parameters)
+    assert spec.learning_rate is not None and spec.seed is not None and spec.steps is not None
+    optimizer = torch.optim.AdamW(trainable, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    data = sequences(spec.name)
+    stream = ExampleStream(len(data), spec.seed)
+    losses = []
+    for _ in range(spec.steps):
+        optimizer.zero_grad()
+        loss = padded_loss(model, [data[index] for index in stream.draw(spec.batch_size)])
+        loss.backward()
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trainable, spec.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    modules = {}
+    for path, (in_RI, out_OR) in parameters.items():
+        sides = (in_RI.detach(), out_OR.detach().T)
+        if spec.family == "flora":
+            modules[path] = ModuleRows(mul_b_RI=sides[0], mul_a_RO=sides[1])
+        else:
+            modules[path] = ModuleRows(add_p_EI=sides[0], add_q_EO=sides[1])
+    return losses, AdapterRows(modules)
+
+
+def _in_side(rows: ModuleRows) -> Tensor:
+    side = rows.mul_b_RI if rows.num_mul else rows.add_p_EI
+    assert side is not None
+    return side
+
+
+def _out_side(rows: ModuleRows) -> Tensor:
+    side = rows.mul_a_RO if rows.num_mul else rows.add_q_EO
+    assert side is not None
+    return side
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        adapter("hira", rank=3, clip_norm=0.5, weight_decay=0.02, learning_rate=1.2e-2, steps=60),
+        adapter("lora", family="lora", rank=4, alpha=6, learning_rate=4e-3, clip_norm=None),
+        adapter("rslora", family="rslora", rank=4, alpha=4, learning_rate=2e-3),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_training_here_equals_peft_in_a_plain_loop(spec: AdapterSpec) -> None:
+    neighbour = adapter("neighbour", rank=5, steps=20)
+    ours = trained(neighbour, spec)
+    losses, rows = peft_loop(spec)
+    assert losses[-1] <= 0.8 * losses[0]
+    pairs = zip(ours.losses(spec.name), losses, strict=True)
+    assert max(abs(a - b) for a, b in pairs) <= 1e-5
+    assert largest_difference(ours.published[spec.name], rows) <= 1e-5
+
+
+SPECS = [
+    adapter("flora", rank=3, rank_pattern={"k_proj": 5, "down_proj": 1}, steps=1),
+    adapter("lora", family="lora", rank=4, alpha=6, target_modules=["q_proj", "up_proj"], steps=1),
+    adapter("paper", rank=2, offset=0, steps=1, batch_size=2),
+    adapter("flora-some", rank=7, target_modules=["v_proj", "o_proj"], steps=1),
+]
+
+
+def test_gradients_equal_autograd_through_written_out_weights() -> None:
+    specs = [spec.model_copy(update={"clip_norm": None}) for spec in SPECS]
+    recorder = Recorder()
+    job = trainer(*specs, recorder=recorder, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for block in job.rows.blocks.values():
+        noise = torch.randn(block.weight_KW.shape, generator=generator, dtype=torch.float64)
+        block.weight_KW += 0.3 * noise * (block.owner_K < len(specs))[:, None]
+    before = [job.rows.rows_of(number) for number in range(len(specs))]
+    job.step()
+
+    model = tiny_model(torch.float64)
+    for spec, rows in zip(specs, before, strict=True):
+        leaves = {
+            path: (_in_side(module).requires_grad_(), _out_side(module).requires_grad_())
+            for path, module in rows.modules.items()
+        }
+        weights = {
+            f"{path}.weight": _written_out(
+                model.get_submodule(path).weight, rows.modules[path], *sides
+            )
+            for path, sides in leaves.items()
+        }
+        loss = padded_loss(
+            lambda weights=weights, **inputs: functional_call(model, weights, (), inputs),
+            run_of(spec).draw(),
+        )
+        loss.backward()
+        assert loss.item() == pytest.approx(recorder.losses(spec.name)[0], rel=1e-12)
+        for path, pages in job.rows.bank.pages_of(AdapterVersion(spec.name)).items():
+            bank = job.rows.bank.modules[path]
+            if path not in leaves:
+                assert not pages.in_pages
+                continue
+            for leaf, gradient, owned in (
+                (leaves[path][0], bank.in_rows_NI.grad, pages.in_pages),
+                (leaves[path][1], bank.out_rows_NO.grad, pages.out_pages),
+            ):
+                assert leaf.grad is not None and gradient is not None
+                assert _relative(gradient[list(owned)], leaf.grad) < 1e-9, path
+
+
+def _written_out(weight_OI: Tensor, rows: ModuleRows, in_RI: Tensor, out_RO: Tensor) -> Tensor:
+    product_OI = out_RO.T @ in_RI
+    if rows.num_mul:
+        return weight_OI * (rows.offset + product_OI)
+    return weight_OI + rows.add_gate * product_OI
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_the_base_model_is_where_every_family_begins() -> None:
+    """The first loss is the base's own, and so is that of the same batch without any adapter."""
+    specs: Iterable[AdapterSpec] = [
+        adapter("flora", rank=4, steps=1),
+        adapter("paper", rank=4, offset=0, steps=1),
+        adapter("lora", family="lora", rank=4, steps=1),
+    ]
+    job = trained(*specs)
+    for spec in specs:
+        expected = padded_loss(tiny_model(), run_of(spec).draw()).item()
+        assert job.losses(spec.name)[0] == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,151 @@
+"""A wrong specification says where it is wrong, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storage.errors import SpecificationError
+from training.spec_file import parse_spec, read_spec
+
+GOOD_LINE = json.dumps({"prompt": "a", "completion": "b"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "small.jsonl").write_text(GOOD_LINE + "\n")
+    (tmp_path / "other.jsonl").write_text(GOOD_LINE + "\n")
+    return tmp_path
+
+
+def written(folder: Path, text: str, name: str = "spec.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_specification_is_read_with_defaults_under_every_adapter(folder: Path) -> None:
+    spec = read_spec(
+        written(
+            folder,
+            """
+base: some/base-Model
+seed: 5
+defaults: {batch_size: 2, steps: 10, data: small.jsonl}
+adapters:
+  - {name: one, rank: 1}
+  - {name: two, rank: 2, batch_size: 8, data: other.jsonl, seed: 9}
+  - {name: three, family: lora, rank: 4, alpha: 8}
+""",
+        )
+    )
+    one, two, three = spec.adapters
+    assert spec.base_id == "base-model"
+    assert (one.batch_size, one.seed, one.learning_rate) == (2, 5, 8e-3)
+    assert (two.batch_size, two.seed, two.data) == (8, 9, folder / "other.jsonl")
+    assert (three.learning_rate, three.scaling_of("x.q_proj")) == (2e-4, 2.0)
+
+
+def test_json_is_as_good_as_yaml(folder: Path) -> None:
+    values = {"base": "b", "adapters": [{"name": "one", "rank": 1, "data": "small.jsonl"}]}
+    path = written(folder, json.dumps(values, indent="\t"), "spec.json")
+    assert read_spec(path).adapters[0].name == "one"
+
+
+def test_a_sweep_expands_to_one_adapter_for_each_combination(folder: Path) -> None:
+    spec = read_spec(
+        written(
+            folder,
+            """
+base: b
+sweep:
+  - name: "s-{rank}-{learning_rate}"
+    data: small.jsonl
+    over: {rank: [1, 8], learning_rate: [0.004, 8e-3]}
+""",
+        )
+    )
+    assert [(one.name, one.rank, one.learning_rate) for one in spec.adapters] == [
+        ("s-1-0.004", 1, 0.004),
+        ("s-1-8e-3", 1, 0.008),
+        ("s-8-0.004", 8, 0.004),
+        ("s-8-8e-3", 8, 0.008),
+    ]
+
+
+def test_overrides_replace_fields_and_reach_inside(folder: Path) -> None:
+    path = written(
+        folder, "base: b\ndefaults: {steps: 9}\nadapters: [{name: a, rank: 1, data: small.jsonl}]"
+    )
+    spec = read_spec(path, {"base": "c", "defaults.steps": 3, "adapters.0.rank": 2})
+    assert (spec.base, spec.adapters[0].steps, spec.adapters[0].rank) == ("c", 3, 2)
+    with pytest.raises(SpecificationError, match=r"adapters\.7\.rank"):
+        read_spec(path, {"adapters.7.rank": 2})
+
+
+ADAPTER = "{name: a, rank: 1, data: small.jsonl}"
+
+
+@pytest.mark.parametrize(
+    ("text", "param", "line", "says"),
+    [
+        (f"base: b\nadapters:\n- {ADAPTER}\n- {{name: b, rank: 0, data: small.jsonl}}",
+         "adapters.1.rank", 4, "greater than or equal to 1"),
+        (f"base: b\nspeed: 3\nadapters: [{ADAPTER}]", "speed", 2, "not permitted"),
+        ("base: b\nadapters:\n- name: a\n  rank: 1\n  rnk: 2\n  data: small.jsonl",
+         "adapters.0.rnk", 5, "not permitted"),
+        ("base: b\nadapters:\n- name: a\n  rank: 1\n  data: gone.jsonl",
+         "adapters.0.data", 5, "no file gone.jsonl"),
+        ("base: b\nadapters:\n- name: a\n  data: small.jsonl", "adapters.0.rank", 3, "required"),
+        (f"base: b\nadapters:\n- {ADAPTER}\n- {ADAPTER}", "adapters.1.name", 4, "another adapter"),
+        ("base: b\ndefaults:\n  warmup_steps: -1\nadapters:\n- " + ADAPTER,
+         "defaults.warmup_steps", 3, "greater than or equal to 0"),
+        ("base: b\nsweep:\n- name: a-{rank}\n  data: small.jsonl\n  over:\n    rank: [1, 0]",
+         "sweep.0.over.rank", 6, "greater than or equal to 1"),
+        ("base: b\nsweep:\n- name: a-{seed}\n  data: small.jsonl\n  over: {rank: [1]}",
+         "sweep.0.name", 3, "not one of over's fields"),
+        ("base: b\nadapters:\n- {name: A B, rank: 1, data: small.jsonl}",
+         "adapters.0.name", 3, "not a valid name"),
+        ("base: b\nadapters:\n- {name: a, rank: 1, alpha: 2, data: small.jsonl}",
+         "adapters.0", 3, "FLoRA has none"),
+        ("base: b\nadapters:\n- {name: a, rank: 1, steps: 2, epochs: 1, data: small.jsonl}",
+         "adapters.0", 3, "either steps or epochs"),
+        ("base: b\nbase: c\nadapters: []", "base", 2, "given twice"),
+        ("base: b\nadapters: []", "adapters", 2, "at least one adapter"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named_with_its_line(
+    folder: Path, text: str, param: str, line: int, says: str
+) -> None:
+    with pytest.raises(SpecificationError, match=says) as caught:
+        read_spec(written(folder, text))
+    assert caught.value.param == param
+    assert f"spec.yaml, line {line}: {param}: " in caught.value.message
+
+
+def test_a_file_that_is_not_yaml_is_named_with_its_line(folder: Path) -> None:
+    with pytest.raises(SpecificationError, match=r"spec\.yaml, line 2"):
+        read_spec(written(folder, "base: b\nadapters: [a"))
+
+
+def test_a_bad_data_file_is_found_with_the_specification(folder: Path) -> None:
+    (folder / "small.jsonl").write_text(GOOD_LINE + "\n{oops\n")
+    with pytest.raises(SpecificationError, match=r"small\.jsonl, line 2: not JSON"):
+        read_spec(written(folder, f"base: b\nadapters: [{ADAPTER}]"))
+
+
+def test_plain_values_are_checked_as_files_are(folder: Path) -> None:
+    values = {"base": "b", "adapters": [{"name": "a", "rank": 9999, "data": "small.jsonl"}]}
+    with pytest.raises(SpecificationError) as caught:
+        parse_spec(values, folder)
+    assert caught.value.param == "adapters.0.rank"
+
+
+def test_every_shipped_specification_is_valid() -> None:
+    examples = Path(__file__).resolve().parents[2] / "examples"
+    specs = sorted(examples.glob("*.yaml"))
+    assert specs
+    for path in specs:
+        assert read_spec(path).adapters
