@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import adapters, base, chat, doctor, up
+from cli import adapters, base, chat, doctor, status, train, up
 from cli.console import print_error
 from cli.errors import exit_code
 from cli.interrupts import stop_on_signals
@@ -38,7 +38,9 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.command("down")(up.down)
+app.command("status")(status.status)
 app.command("chat")(chat.chat)
+app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")

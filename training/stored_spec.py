@@ -5,11 +5,11 @@ A specification and its data lie in one folder of the store; as on a disk, relat
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from storage.errors import SpecificationError
-from storage.object_store import ObjectNotFoundError, ObjectStore
+from storage.errors import InvalidRequestError, SpecificationError
+from storage.identity import canonical_json, checked_name
+from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
 from training.spec import TrainingSpec
 
 STORED = "store:"
@@ -42,23 +42,31 @@ def fetch_spec(store: ObjectStore, key: str, directory: Path) -> Path:
 def store_spec(store: ObjectStore, spec: TrainingSpec, job_id: str) -> str:
     """Put a specification and its data into the folder of a job; returns the key to submit.
 
-    The data is as it is now: what happens to the files later does not reach the job. Storing again changes nothing
-    that a job of the same id, specification and data reads.
+    The data is as it is now: what happens to the files later does not reach the job. Storing the same again changes
+    nothing.
+
+    Raises:
+        InvalidRequestError: the id is that of another job.
     """
-    folder = f"jobs/{job_id}"
+    folder = f"jobs/{checked_name(job_id, param='job_id')}"
     values = spec.model_dump(mode="json", exclude_none=True)
-    for number, (adapter, written) in enumerate(
-        zip(spec.adapters, values["adapters"], strict=True)
-    ):
-        written["data"] = _put(store, adapter.data, folder, f"{number}.jsonl")
+    for adapter, written in zip(spec.adapters, values["adapters"], strict=True):
+        written["data"] = f"data/{adapter.name}.jsonl"
+        _create(store, f"{folder}/{written['data']}", adapter.data.read_bytes(), job_id)
         if adapter.evaluation is not None and adapter.evaluation.data is not None:
-            name = f"{number}.evaluation.jsonl"
-            written["evaluation"]["data"] = _put(store, adapter.evaluation.data, folder, name)
+            held_out = f"held-out/{adapter.name}.jsonl"
+            written["evaluation"]["data"] = held_out
+            _create(store, f"{folder}/{held_out}", adapter.evaluation.data.read_bytes(), job_id)
     key = f"{folder}/spec.json"
-    store.put(key, json.dumps(values).encode())
+    _create(store, key, canonical_json(values), job_id)
     return key
 
 
-def _put(store: ObjectStore, data: Path, folder: str, name: str) -> str:
-    store.put(f"{folder}/{name}", data.read_bytes())
-    return name
+def _create(store: ObjectStore, key: str, data: bytes, job_id: str) -> None:
+    try:
+        store.put_if_absent(key, data)
+    except PreconditionFailedError:
+        if store.get(key).data != data:
+            raise InvalidRequestError(
+                f"there is another training job {job_id!r}", param="job_id"
+            ) from None

@@ -1,0 +1,146 @@
+"""`flora train`: many adapters in one job, followed as they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from cli.bases import find_base
+from cli.console import AsJson, err, out, print_json, short
+from cli.errors import EXIT_FAILED
+from cli.interrupts import shielded
+from cli.local_cluster import LocalCluster, start_cluster
+from cli.running import find_running
+from cli.settings import RegistryOption, S3Endpoint, command_settings
+from cli.training_job import TrainingResult, cancel, follow, job_backend, submit
+from deployments.settings import Settings
+from storage.errors import InvalidRequestError
+from training.spec import TrainingSpec
+
+
+def train(
+    spec: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="The job's specification.")
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Start the job and return; needs `flora up`.")
+    ] = False,
+    attach: Annotated[
+        str | None, typer.Option(help="Follow a job that is running; Ctrl-C leaves it alone.")
+    ] = None,
+    registry: RegistryOption = None,
+    s3_endpoint: S3Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train adapters on the cluster of `flora up`, or on a private Ray for this one job. Ctrl-C cancels the job.
+
+    Example: [bold]flora train examples/demo.yaml[/]
+    """
+    running = find_running()
+    if (spec is None) == (attach is None):
+        raise InvalidRequestError("give a specification, or --attach with a job's id")
+    if (detach or attach is not None) and running is None:
+        raise InvalidRequestError("no cluster is running here to keep the job; start one: flora up")
+    settings = _settings(registry, s3_endpoint)
+    checked = None if spec is None else read_specification(spec)
+    with _ray(running.ray if running else None) as ray:
+        if checked is None:
+            assert attach is not None
+            result = follow(job_backend(ray, settings), settings, attach)
+        else:
+            assert spec is not None
+            job_id = _new_job_id(spec)
+            backend = submit(checked, ray, settings, job_id)
+            if detach:
+                _tell_detached(job_id, as_json)
+                return
+            try:
+                result = follow(backend, settings, job_id)
+            except KeyboardInterrupt:
+                cancel(backend, job_id)
+                raise
+    _tell(result, as_json, is_served=running is not None)
+    if result.failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def read_specification(path: Path) -> TrainingSpec:
+    """A checked specification; a base named as `flora base ls` names it is found here.
+
+    Raises:
+        SpecificationError: names the file, the line and the field.
+    """
+    from training.spec_file import read_spec
+
+    spec = read_spec(path)
+    directory = find_base(spec.base)
+    return spec if directory is None else read_spec(path, {"base": str(directory)})
+
+
+def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:
+    running = find_running()
+    if running is not None and registry is None and s3_endpoint is None:
+        return Settings(**running.settings)
+    return command_settings(storage={"registry": registry, "s3_endpoint_url": s3_endpoint})
+
+
+@contextmanager
+def _ray(shared: LocalCluster | None) -> Iterator[LocalCluster]:
+    if shared is not None:
+        yield shared
+        return
+    with err.status("starting a private Ray"):
+        private = start_cluster()
+    try:
+        yield private
+    finally:
+        with shielded():
+            private.stop()
+
+
+def _new_job_id(spec: Path) -> str:
+    from training.job import new_job_id
+
+    return new_job_id(str(spec))
+
+
+def _tell_detached(job_id: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"job_id": job_id})
+    else:
+        out.print(
+            f"started {job_id}; follow it with: flora train --attach {job_id}", soft_wrap=True
+        )
+
+
+def _tell(result: TrainingResult, as_json: bool, is_served: bool) -> None:
+    if as_json:
+        print_json(
+            {
+                "job_id": result.job_id,
+                "seconds": round(result.seconds, 1),
+                "published": result.published,
+                "failed": result.failed,
+                "last_loss": {name: losses[-1] for name, losses in result.losses.items() if losses},
+            }
+        )
+        return
+    table = Table("adapter", Column("version", no_wrap=True), "steps", "first loss", "last loss")
+    for name, losses in result.losses.items():
+        version = result.published.get(name)
+        table.add_row(
+            name,
+            short(version) if version else f"[red]{result.failed.get(name, 'not finished')}[/]",
+            str(len(losses)),
+            f"{losses[0]:.3f}" if losses else "",
+            f"{losses[-1]:.3f}" if losses else "",
+        )
+    out.print(table)
+    out.print(f"{result.seconds:.0f} s · job {result.job_id}")
+    if is_served and result.published:
+        out.print(f"Try next:\n  flora chat {next(iter(result.published))}")

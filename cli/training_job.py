@@ -1,0 +1,106 @@
+"""A training job from this machine: handed to the cluster, then followed by its events."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from cli.console import err
+from cli.errors import CommandFailedError
+from cli.interrupts import shielded
+from cli.local_cluster import LocalCluster
+from cli.training_progress import TrainingProgress
+from deployments.settings import Settings
+from storage.stores import open_store
+from training.backend import JobBackend, JobInfo, JobStatus
+from training.events import EVENTS_FILE, read_events
+from training.spec import TrainingSpec
+
+_POLL_S = 0.25
+_ASK_EVERY_S = 2.0
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What became of a job: versions of what was published, reasons of what failed, losses, by adapter."""
+
+    job_id: str
+    published: dict[str, str]
+    failed: dict[str, str]
+    losses: dict[str, list[float]]
+    seconds: float
+
+
+def submit(spec: TrainingSpec, ray: LocalCluster, settings: Settings, job_id: str) -> JobBackend:
+    """Store the specification with its data and start the job. Raises OverloadedError when the cluster refuses."""
+    from training.stored_spec import store_spec
+
+    key = store_spec(open_store(settings.storage), spec, job_id)
+    backend = job_backend(ray, settings)
+    backend.submit(key, job_id)
+    return backend
+
+
+def job_backend(ray: LocalCluster, settings: Settings) -> JobBackend:
+    """The job server of a Ray on this machine, which has this checkout already."""
+    from training.job_settings import JobSettings
+    from training.ray_jobs import RayJobBackend
+
+    ray.authenticate()
+    job_settings = JobSettings(storage=settings.storage, training=settings.training)
+    return RayJobBackend(ray.dashboard_url, job_settings)
+
+
+def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResult:
+    """Show a job until it ends.
+
+    Raises:
+        CommandFailedError: the job as a whole failed or was cancelled; says why.
+    """
+    from training.ray_train import job_directory
+
+    file = job_directory(settings, job_id) / EVENTS_FILE
+    started_s = asked_s = time.monotonic()
+    position, info = 0, backend.get(job_id)
+    with TrainingProgress(err) as progress:
+        while True:
+            if time.monotonic() - asked_s > _ASK_EVERY_S or progress.is_over:
+                info, asked_s = backend.get(job_id), time.monotonic()
+            # The page is read after the status: when that is final, this is all there is.
+            page = read_events(file, position)
+            position = page.next
+            for event in page.events:
+                progress.show(event)
+            if info.status.is_final:
+                break
+            time.sleep(_POLL_S)
+    _raise_if_broken(backend, info, progress)
+    return TrainingResult(
+        job_id,
+        progress.published,
+        progress.failed,
+        progress.losses,
+        time.monotonic() - started_s,
+    )
+
+
+def cancel(backend: JobBackend, job_id: str) -> None:
+    """Stop a job, whatever the person at the keyboard presses meanwhile."""
+    with shielded(), err.status(f"cancelling {job_id}"):
+        info = backend.cancel(job_id)
+        while not info.status.is_final:
+            time.sleep(_POLL_S)
+            info = backend.get(job_id)
+
+
+def _raise_if_broken(backend: JobBackend, info: JobInfo, progress: TrainingProgress) -> None:
+    if info.status is JobStatus.CANCELLED:
+        raise CommandFailedError(f"the job {info.job_id} was cancelled")
+    if info.status is JobStatus.FAILED and not progress.failed:
+        reason = progress.failure
+        if reason is None:
+            reason = "the end of its log:\n" + "\n".join(
+                list(backend.logs(info.job_id))[-_LOG_LINES:]
+            )
+        raise CommandFailedError(f"the job {info.job_id} failed: {reason}")
