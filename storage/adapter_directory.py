@@ -31,7 +31,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
         InvalidRequestError: there is something at `path` that is not an empty directory.
         ValueError: a file's name is not a plain name.
     """
-    if any(Path(name).name != name for name in files):
+    if any(Path(name).name != name or name in ("", "..") for name in files):
         raise ValueError(f"not plain file names: {sorted(files)}")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InvalidRequestError(f"{path} exists and is not an empty directory")

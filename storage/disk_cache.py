@@ -61,11 +61,10 @@ class DiskCache:
             content = decode(described, ManifestContent, f"of the cached version {version}")
             files = {name: _checked(folder, name, entry) for name, entry in content.files.items()}
             os.utime(folder)
-        except FileNotFoundError:
-            return None
         except (AdapterCorruptError, OSError) as error:
-            _log.warning("dropping a cached adapter: %s", error)
-            self._remove(folder)
+            if folder.is_dir():
+                _log.warning("dropping a cached adapter: %s", error)
+                self._remove(folder)
             return None
         return content, files
 
