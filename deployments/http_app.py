@@ -23,8 +23,12 @@ _MAX_REQUEST_ID = 128
 _log = logging.getLogger(__name__)
 
 
-def create_http_app(api: Api) -> FastAPI:
-    """The application over the parts in `api`. Needs no Ray."""
+def create_http_app(api: Api, *, is_behind_serve: bool = False) -> FastAPI:
+    """The application over the parts in `api`. Needs no Ray.
+
+    Args:
+        is_behind_serve: Ray Serve's HTTP server puts `x-request-id` on requests and responses itself.
+    """
     app = FastAPI(title="FLoRA Cluster", version=VERSION)
     app.state.api = api
     for module in (generation_api, models_api, adapters_api, service_api):
@@ -32,7 +36,7 @@ def create_http_app(api: Api) -> FastAPI:
     app.add_exception_handler(FloraError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(_Door, allows_remote=api.allows_remote)
+    app.add_middleware(_Door, allows_remote=api.allows_remote, stamps_responses=not is_behind_serve)
     return app
 
 
@@ -69,9 +73,10 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
 class _Door:
     """Around everything: who may come in, a request id for each response, and nothing of our inside on a crash."""
 
-    def __init__(self, app: ASGIApp, allows_remote: bool) -> None:
+    def __init__(self, app: ASGIApp, allows_remote: bool, stamps_responses: bool) -> None:
         self._app = app
         self._allows_remote = allows_remote
+        self._stamps_responses = stamps_responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,14 +86,13 @@ class _Door:
         scope["request_id"] = request_id
         has_started = False
 
-        async def send_with_id(message: Message) -> None:
+        async def send_stamped(message: Message) -> None:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"x-request-id", request_id.encode("latin-1")),
-                ]
+                if self._stamps_responses:
+                    stamp = (b"x-request-id", request_id.encode("latin-1"))
+                    message["headers"] = [*message.get("headers", []), stamp]
             await send(message)
 
         try:
@@ -96,14 +100,14 @@ class _Door:
                 error = NotLocalError(
                     "this server has no API keys and answers only its own machine"
                 )
-                await respond(http_error(error))(scope, receive, send_with_id)
+                await respond(http_error(error))(scope, receive, send_stamped)
             else:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, receive, send_stamped)
         except Exception as error:
             _log.exception("request %s failed", request_id)
             if has_started:
                 raise
-            await respond(http_error(error))(scope, receive, send_with_id)
+            await respond(http_error(error))(scope, receive, send_stamped)
 
 
 def _request_id(scope: Scope) -> str:

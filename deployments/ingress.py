@@ -53,7 +53,8 @@ def http_app_builder(
                 view=view,
                 published=_last_good(PublishedReader(registry, time.monotonic)),
                 cluster_state=lambda: _cluster_state(spec),
-            )
+            ),
+            is_behind_serve=True,
         )
 
     return build

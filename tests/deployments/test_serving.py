@@ -1,0 +1,330 @@
+"""The whole application on a real Ray: two replicas, banks smaller than what is asked of them, and things that die."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import ray
+
+from cli.local_cluster import LocalCluster
+from cluster.actor import connect
+from deployments.app import build_app, placement_spec
+from deployments.launching import deploy, undeploy
+from deployments.text import TextCodec
+from storage.errors import SpecificationError
+from storage.identity import AdapterVersion
+from tests.deployments.world import BASE_ID, LoneEngine, World, settings_for
+
+PROMPTS = ["the quick brown", "a few small words", "user", "lazy dog jumps", "system over"]
+RANKS = {"rank-1": 1, "rank-2": 2, "rank-3": 3, "rank-5": 5, "rank-7": 7}
+
+
+@dataclass
+class Served:
+    """The application under test, and the engine alone to compare with."""
+
+    url: str
+    world: World
+    codec: TextCodec
+    alone: LoneEngine
+    ray: LocalCluster
+    versions: dict[str, AdapterVersion | None] = field(default_factory=dict)
+    _known: dict[tuple[str, AdapterVersion | None, int], str] = field(default_factory=dict)
+
+    def publish(self, name: str, rank: int, seed: int, family: str = "flora") -> AdapterVersion:
+        version = self.world.publish(name, rank, seed, family)
+        self.versions[name] = version
+        return version
+
+    def expected(self, prompt: str, version: AdapterVersion | None, max_tokens: int) -> str:
+        """What the engine alone answers greedily."""
+        key = (prompt, version, max_tokens)
+        if key not in self._known:
+            tokens = self.alone.answer(self.codec.encode(prompt), version, max_tokens)
+            self._known[key] = self.codec.decode(tokens)
+        return self._known[key]
+
+    def complete(
+        self, model: str, prompt: str, max_tokens: int = 8, **fields: Any
+    ) -> httpx.Response:
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **fields}
+        return httpx.post(
+            f"{self.url}/v1/completions",
+            json={"temperature": 0, "ignore_eos": True, **body},
+            timeout=120,
+        )
+
+    def is_right(self, response: httpx.Response, model: str, prompt: str, max_tokens: int) -> bool:
+        """The answer is the model's own, and says so."""
+        assert response.status_code == 200, response.text
+        version = self.versions[model]
+        text = response.json()["choices"][0]["text"]
+        named: str | None = response.headers.get("x-adapter-version")
+        return named == version and bool(text == self.expected(prompt, version, max_tokens))
+
+    def state(self) -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{self.url}/v1/cluster", timeout=30).json()
+        return answer
+
+    def engine_processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(self.ray.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if any("ServeReplica:flora:Engine" in word for word in process.cmdline()):
+                    found.append(process)
+        return found
+
+
+@pytest.fixture(scope="module")
+def served(
+    ray_session: LocalCluster, tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    settings = settings_for(
+        tiny_llama_dir, tmp_path_factory.mktemp("served"), min_replicas=2, max_replicas=2
+    )
+    world = World.create(tiny_llama_dir, settings)
+    alone = LoneEngine(world)
+    try:
+        url = deploy(settings)
+        served = Served(url, world, TextCodec.open(settings.engine), alone, ray_session)
+        served.versions[BASE_ID] = None
+        for name, rank in RANKS.items():
+            served.publish(name, rank, seed=rank)
+        served.publish("lora", rank=4, seed=40, family="lora")
+        yield served
+    finally:
+        undeploy()
+        alone.client.stop()
+
+
+def until(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"{what}: not within {within_s} s"
+        time.sleep(0.1)
+
+
+def test_the_stock_client_lists_completes_chats_and_streams(served: Served) -> None:
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    assert [each.id for each in client.models.list()] == [BASE_ID, "lora", *sorted(RANKS)]
+    greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    template = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    for model in (BASE_ID, "rank-3", "lora"):
+        version = served.versions[model]
+        text = client.completions.create(model=model, prompt="the", **greedy).choices[0].text
+        assert text == served.expected("the", version, 8)
+        messages: Any = [{"role": "user", "content": "hi"}]
+        chat = client.chat.completions.create(model=model, messages=messages, **greedy)
+        assert chat.choices[0].message.content == served.expected(template, version, 8)
+        stream = client.chat.completions.create(
+            model=model, messages=messages, stream=True, **greedy
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == served.expected(template, version, 8)
+    with pytest.raises(openai.NotFoundError, match="nobody"):
+        client.completions.create(model="nobody", prompt="the")
+
+
+def test_mixed_requests_at_once_are_each_what_the_engine_alone_answers(served: Served) -> None:
+    asked = [(model, prompt) for prompt in PROMPTS for model in served.versions] * 2
+    for model, prompt in asked:
+        served.expected(prompt, served.versions[model], 12)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda each: served.complete(*each, max_tokens=12), asked))
+    wrong = [
+        each
+        for each, answer in zip(asked, answers, strict=True)
+        if not served.is_right(answer, *each, max_tokens=12)
+    ]
+    assert not wrong
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+    assert len({answer.headers["x-replica-id"] for answer in answers}) == 2
+
+
+def test_adapters_that_do_not_all_fit_are_loaded_and_evicted_as_they_are_asked_for(
+    served: Served,
+) -> None:
+    rows = served.world.settings.engine.bank_rows
+    assert sum(RANKS.values()) + 4 > 2 * rows, "everything would fit, and nothing be evicted"
+    tiers = set()
+    for _ in range(3):
+        for model in RANKS:
+            response = served.complete(model, "the")
+            assert served.is_right(response, model, "the", 8)
+            tiers.add(response.headers["x-adapter-tier"])
+    assert tiers - {"device"}, "some request had to load its adapter"
+    until(lambda: sum(each["evictions"] for each in served.state()["replicas"]) > 0, "an eviction")
+    for replica in served.state()["replicas"]:
+        assert replica["rows_used"] <= replica["rows"] == rows
+
+
+def test_demand_gives_adapters_their_holders(served: Served) -> None:
+    for _ in range(5):
+        served.complete("rank-1", "the")
+    until(lambda: served.versions["rank-1"] in served.state()["holders"], "a holder")
+    adapters = httpx.get(f"{served.url}/v1/adapters").json()["data"]
+    one = next(each for each in adapters if each["id"] == "rank-1")
+    replicas = {each["id"] for each in served.state()["replicas"]}
+    assert set(one["versions"][0]["resident"]) <= replicas
+
+
+def test_a_new_adapter_answers_without_a_restart(served: Served) -> None:
+    assert served.complete("newcomer", "the").status_code == 404
+    served.publish("newcomer", rank=2, seed=77)
+    until(lambda: served.complete("newcomer", "the").status_code == 200, "an answer", within_s=10)
+    assert served.is_right(served.complete("newcomer", "the"), "newcomer", "the", 8)
+
+
+def test_a_new_version_takes_over_without_a_failed_or_a_mixed_answer(served: Served) -> None:
+    old = served.publish("changing", rank=1, seed=500)
+    until(lambda: served.complete("changing", "the").status_code == 200, "the first version")
+    until(lambda: old in served.state()["holders"], "a holder of the first version")
+    new = served.publish("changing", rank=1, seed=501)
+    expected = {each: served.expected("the", each, 8) for each in (old, new)}
+    seen: list[str] = []
+
+    def ask() -> bool:
+        response = served.complete("changing", "the")
+        assert response.status_code == 200
+        version = AdapterVersion(response.headers["x-adapter-version"])
+        assert response.json()["choices"][0]["text"] == expected[version]
+        seen.append(version)
+        return version == new
+
+    until(ask, "the second version")
+    assert set(seen) <= {old, new}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(served: Served, stream: bool) -> None:
+    def made() -> int:
+        return sum(each["tokens_out"] for each in served.state()["replicas"])
+
+    def running() -> int:
+        return sum(each["running"] for each in served.state()["replicas"])
+
+    until(lambda: running() == 0, "quiet")
+    before = made()
+    body = {"model": "rank-1", "prompt": "a", "max_tokens": 500, "ignore_eos": True}
+    client = httpx.Client(timeout=60)
+    if stream:
+        url = f"{served.url}/v1/completions"
+        with client.stream("POST", url, json={**body, "stream": True}) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{served.url}/v1/completions", json=body, timeout=0.2)
+    until(lambda: running() == 0, "its place is free")
+    time.sleep(2 * served.world.settings.cluster.heartbeat_s)  # the last report is in
+    assert made() - before < 500
+
+
+def test_only_this_machine_can_reach_the_server(served: Served) -> None:
+    port = httpx.URL(served.url).port
+    processes = psutil.Process(served.ray.pid).children(recursive=True)
+    bound = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            bound |= {
+                each.laddr.ip
+                for each in process.net_connections(kind="tcp")
+                if each.status == psutil.CONN_LISTEN and each.laddr.port == port
+            }
+    assert bound == {"127.0.0.1"}
+
+
+def test_a_dead_placement_manager_costs_no_answer_and_comes_back(served: Served) -> None:
+    before = served.state()["epoch"]
+    ray.kill(connect(placement_spec(served.world.settings)), no_restart=False)
+    for model in RANKS:
+        assert served.is_right(served.complete(model, "the"), model, "the", 8)
+
+    def is_back() -> bool:
+        with suppress(KeyError):
+            state = served.state()
+            return state["epoch"] > before and len(state["replicas"]) == 2
+        return False
+
+    until(is_back, "a new manager that knows both replicas")
+
+
+def test_a_killed_replica_costs_no_wrong_answer_and_whoever_saw_nothing_is_answered(
+    served: Served,
+) -> None:
+    asked = [
+        (model, prompt)
+        for prompt in PROMPTS[:3]
+        for model in served.versions
+        if model != "changing"
+    ]
+    long = 120
+    for model, prompt in asked:
+        served.expected(prompt, served.versions[model], long)
+    killed = threading.Event()
+
+    def whole(each: tuple[str, str]) -> bool:
+        return served.is_right(served.complete(*each, max_tokens=long), *each, max_tokens=long)
+
+    def streamed(each: tuple[str, str]) -> str:
+        """`right`, `wrong`, or `broken` off with an error event."""
+        model, prompt = each
+        body = {"model": model, "prompt": prompt, "max_tokens": long, "stream": True}
+        body |= {"temperature": 0, "ignore_eos": True}
+        text, end = "", ""
+        url = f"{served.url}/v1/completions"
+        with httpx.stream("POST", url, json=body, timeout=120) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data.startswith("{"):
+                    event = json.loads(data)
+                    if "error" in event:
+                        end = "broken"
+                    else:
+                        text += event["choices"][0]["text"]
+                elif data == "[DONE]":
+                    end = "right"
+        expected = served.expected(prompt, served.versions[model], long)
+        if not (text == expected if end == "right" else expected.startswith(text)):
+            return "wrong"
+        return end
+
+    def kill() -> None:
+        until(lambda: any(each["running"] for each in served.state()["replicas"]), "work")
+        busy = max(served.engine_processes(), key=lambda process: process.cpu_times().user)
+        busy.kill()
+        killed.set()
+
+    with ThreadPoolExecutor(24) as pool:
+        killer = pool.submit(kill)
+        both = [(pool.submit(whole, each), pool.submit(streamed, each)) for each in asked]
+        killer.result()
+        assert all(answer.result() for answer, _ in both)
+        ends = [stream.result() for _, stream in both]
+    assert killed.is_set()
+    assert "wrong" not in ends and "" not in ends
+    assert ends.count("right") > 0
+
+
+def test_a_server_that_anybody_could_reach_is_not_built(served: Served) -> None:
+    with pytest.raises(SpecificationError) as caught:
+        build_app({"serve": {"allow_anonymous": False}})
+    assert caught.value.param == "serve.allow_anonymous"
+    with pytest.raises(SpecificationError) as caught:
+        build_app({"serve": {"allow_anonymous": True, "host": "0.0.0.0"}})
+    assert caught.value.param == "serve.host"
+    with pytest.raises(SpecificationError) as caught:
+        build_app({"engine": {"bank_row": 8}})
+    assert caught.value.param == "engine.bank_row"
