@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from cli import adapters, base, chat, doctor, status, train, up
 from cli.console import print_error
+from cli.demo.command import demo
 from cli.errors import exit_code
 from cli.interrupts import stop_on_signals
 from storage.errors import FloraError
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("down")(up.down)
 app.command("status")(status.status)
+app.command("demo")(demo)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from cli.bases import BUILT_IN
 from cli.interrupts import shielded
-from cli.local_cluster import start_cluster
+from cli.local_cluster import LocalCluster, start_cluster
 from cli.running import RunningCluster
 from cli.settings import base_directory, command_settings
 from deployments.settings import Settings
@@ -44,38 +45,34 @@ def local_settings(
 def start_serving(settings: Settings, report: Callable[[str], None]) -> RunningCluster:
     """Start Ray, deploy, and return once it answers. Whatever ends this early leaves nothing running."""
     report("starting a private Ray")
-    running = RunningCluster(start_cluster(num_cpus=_logical_cpus(settings)), _plain(settings))
+    ray = start_cluster(num_cpus=logical_cpus(settings))
+    running = RunningCluster(ray, settings.model_dump(mode="json"))
     try:
         running.save()
-        return deploy_on(running, settings, report)
+        ready = running.ready_at(deploy_on(ray, settings, report))
+        ready.save()
     except BaseException:
         with shielded():
             running.stop()
         raise
-
-
-def deploy_on(
-    running: RunningCluster, settings: Settings, report: Callable[[str], None]
-) -> RunningCluster:
-    """Deploy the application on a private Ray that is there already; return once it answers."""
-    from deployments.launching import deploy
-
-    report(f"starting {settings.serve.min_replicas} × {settings.engine.base_id}")
-    running.ray.connect()
-    try:
-        ready = running.ready_at(deploy(settings))
-    finally:
-        running.ray.disconnect()
-    ready.save()
     return ready
 
 
-def _logical_cpus(settings: Settings) -> int:
+def deploy_on(ray: LocalCluster, settings: Settings, report: Callable[[str], None]) -> str:
+    """Deploy the application on a private Ray that is there already; returns its URL once it answers."""
+    from deployments.launching import deploy
+
+    report(f"starting {settings.serve.min_replicas} × {settings.engine.base_id}")
+    ray.connect()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        return deploy(settings)
+    finally:
+        ray.disconnect()
+
+
+def logical_cpus(settings: Settings) -> int:
     """Enough for every replica, the ingress and a training job: on one machine they take turns, not reservations."""
     replicas = settings.serve.max_replicas * settings.serve.cpus_per_replica
     training = settings.training.num_workers * settings.training.cpus_per_worker
     return max(os.cpu_count() or 1, round(replicas + training) + 4)
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    return settings.model_dump(mode="json")

@@ -69,17 +69,20 @@ def train(
         raise typer.Exit(EXIT_FAILED)
 
 
-def read_specification(path: Path) -> TrainingSpec:
-    """A checked specification; a base named as `flora base ls` names it is found here.
+def read_specification(path: Path, base: Path | None = None) -> TrainingSpec:
+    """A checked specification, on `base`; or else on its own, which is looked for among the bases here too.
 
     Raises:
         SpecificationError: names the file, the line and the field.
     """
     from training.spec_file import read_spec
 
-    spec = read_spec(path)
-    directory = find_base(spec.base)
-    return spec if directory is None else read_spec(path, {"base": str(directory)})
+    if base is None:
+        spec = read_spec(path)
+        base = find_base(spec.base) or find_base(Path(spec.base).name)
+        if base is None:
+            return spec
+    return read_spec(path, {"base": str(base)})
 
 
 def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:
