@@ -100,10 +100,10 @@ def adopt_attention(model: PreTrainedModel, max_tokens: int) -> tuple[int, int]:
 
 def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> None:
     """What does not reach the attention function as an argument."""
-    if not model._supports_attention_backend:
-        raise _refusal(model, "an attention of its own (no transformers AttentionInterface)")
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise _refusal(model, "cross attention")
+    if model._is_stateful:
+        raise _refusal(model, "a recurrent state")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     for kind, width in (
         ("sliding_attention", getattr(config, "sliding_window", None)),
@@ -113,6 +113,8 @@ def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> N
             kinds.remove(kind)
     if kinds:
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
+    if not model._supports_attention_backend:
+        raise _refusal(model, "an attention of its own (no transformers AttentionInterface)")
     rope = getattr(config, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and max_tokens > original:

@@ -80,7 +80,9 @@ def step(attention: SlabAttention, parts: list[tuple[Conversation, int]]) -> Ten
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_mix_of_chunks_and_single_tokens_equals_each_sequence_alone(data: st.DataObject) -> None:
+def test_any_mix_of_chunks_and_single_tokens_equals_each_sequence_alone(
+    data: st.DataObject,
+) -> None:
     slots = data.draw(st.lists(st.integers(0, NUM_SLOTS - 1), unique=True, min_size=1))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     running = [Conversation(slot, MAX_TOKENS, generator) for slot in slots]

@@ -1,0 +1,68 @@
+"""A base model is found, loaded and named by its files, or the user is told what to do."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from storage.base_checkpoint import read_base_facts
+from storage.errors import InvalidRequestError, StoreUnavailableError
+from workers.models.loading import load_base, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def test_a_directory_loads_frozen_with_the_digest_of_its_files(tiny_llama_dir: Path) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        base = load_base(str(tiny_llama_dir), dtype, CPU)
+        assert base.digest == read_base_facts(tiny_llama_dir).digest
+        assert base.directory == tiny_llama_dir
+        assert {parameter.dtype for parameter in base.model.parameters()} == {dtype}
+        assert not any(parameter.requires_grad for parameter in base.model.parameters())
+        assert not base.model.training
+        assert base.tokenizer.decode(base.tokenizer.encode("a lazy dog")) == "a lazy dog"
+
+
+def test_a_missing_directory_says_how_to_get_one() -> None:
+    with pytest.raises(InvalidRequestError, match="flora base pull"):
+        load_base("~/no/such/model", torch.float32, CPU)
+    with pytest.raises(InvalidRequestError, match="flora base pull"):
+        load_tokenizer("no-such-model")
+
+
+def test_a_directory_without_a_model_is_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequestError, match="no model at owner/model"):
+        load_base("owner/model", torch.float32, CPU)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_called_a_missing_model() -> None:
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(StoreUnavailableError, match="flora base pull"):
+        load_base("some-owner/some-model", torch.float32, CPU)
+
+
+def test_a_damaged_model_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tiny_llama_dir, damaged)
+    (damaged / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(InvalidRequestError, match="does not load as a causal language model"):
+        load_base(str(damaged), torch.float32, CPU)
+    (damaged / "tokenizer.json").write_text("{}")
+    (damaged / "tokenizer_config.json").unlink()
+    with pytest.raises(InvalidRequestError, match="no tokenizer that loads"):
+        load_tokenizer(str(damaged))
+
+
+def test_weights_are_required_to_be_safetensors(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_llama_dir / "config.json", bare)
+    with pytest.raises(InvalidRequestError, match="safetensors"):
+        load_base(str(bare), torch.float32, CPU)
