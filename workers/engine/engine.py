@@ -50,9 +50,9 @@ class Engine:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
+        self.runner = runner
+        self.bank = bank
         self.loader = loader
-        self._runner = runner
-        self._bank = bank
         self._clock = clock
         self._wall_clock = wall_clock
         self._eos_token_ids = runner.shape.eos_token_ids
@@ -83,7 +83,7 @@ class Engine:
     def validate(self, request: EngineRequest) -> None:
         """Raises as `validate_request`; callable from any thread."""
         validate_request(
-            request, vocab_size=self._runner.shape.vocab_size, max_tokens=self._max_tokens
+            request, vocab_size=self.runner.shape.vocab_size, max_tokens=self._max_tokens
         )
 
     def submit(self, request: EngineRequest) -> None:
@@ -117,7 +117,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""
-        scheduler, bank = self._scheduler, self._bank
+        scheduler, bank = self._scheduler, self.bank
         return EngineLoad(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -157,8 +157,8 @@ class Engine:
                 held[one.version] = held.get(one.version, 0) + 1
         return (
             self._scheduler.check_integrity()
-            and self._bank.check_integrity()
-            and self._bank.references() == held
+            and self.bank.check_integrity()
+            and self.bank.references() == held
         )
 
     def _expire(self, now: float) -> None:
@@ -188,7 +188,7 @@ class Engine:
         starving = [version for version in without_room if version in late]
         work_left = {}
         if starving:
-            work_left = dict.fromkeys(self._bank.residents(), 0.0) | self._scheduler.work_left()
+            work_left = dict.fromkeys(self.bank.residents(), 0.0) | self._scheduler.work_left()
         self._starvation.update(
             starving=starving,
             is_trying=any(self.loader.is_trying(version) for version in starving),
@@ -200,16 +200,16 @@ class Engine:
     def _apply_pins(self) -> None:
         pins = self._wanted_pins - self._starvation.closed
         if pins != self._applied_pins:
-            self._bank.pin(pins)
+            self.bank.pin(pins)
             self._applied_pins = pins
             self.loader.rows_freed()
 
     def _compute(self, spans: Ordered[ScheduledSpan]) -> None:
         answering = [span.sequence for span in spans if span.wants_logits]
         try:
-            step = build_step_input(spans, self._bank.resident_slots, self._runner.device)
+            step = build_step_input(spans, self.bank.resident_slots, self.runner.device)
             rows = [sampling_row(one, self._eos_token_ids) for one in answering]
-            tokens = sample(self._runner.forward(step), rows)
+            tokens = sample(self.runner.forward(step), rows)
         except Exception:
             # What the step half wrote is lost with the requests that were in it; those that wait go on.
             _log.exception("an engine step of %d requests failed", len(spans))

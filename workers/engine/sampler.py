@@ -31,6 +31,7 @@ class SamplingRow:
     forbidden: frozenset[int] = frozenset()
 
 
+@torch.inference_mode()
 def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
     """One token for every row; None for a row with a logit that is not finite.
 
