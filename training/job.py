@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import yaml
@@ -32,11 +32,13 @@ from training.events import (
     AdapterStep,
     TrainingEvent,
 )
-from training.job_settings import JobSettings, read_job_settings
-from training.ray_train import JobResult, job_directory, run_training
+from training.job_settings import JobSettings, job_directory, read_job_settings
 from training.spec import TrainingSpec
 from training.spec_file import read_spec
 from training.stored_spec import STORED, fetch_spec
+
+if TYPE_CHECKING:
+    from training.ray_train import JobResult
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
 LOG_EVERY_STEPS = 10
@@ -52,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = read_job_settings(options.settings)
         job_id = options.job_id or new_job_id(options.spec)
         spec = _read(options.spec, job_id, settings, dict(options.set))
+        # Not before: this brings torch, and what is wrong with a specification should be told at once.
+        from training.ray_train import run_training
+
         ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
         result = run_training(spec, settings, log_event, job_id=job_id)
     except InvalidRequestError as error:

@@ -6,7 +6,7 @@ The same names as everywhere (`FLORA_STORAGE__REGISTRY`, the areas of a settings
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from pydantic import Field, ValidationError
@@ -15,6 +15,16 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
 from training.config import TrainingSettings
+
+
+class JobAreas(Protocol):
+    """What a job needs of any settings; those of the whole cluster have it too."""
+
+    @property
+    def storage(self) -> StorageSettings: ...
+
+    @property
+    def training(self) -> TrainingSettings: ...
 
 
 class JobSettings(BaseSettings):
@@ -51,9 +61,14 @@ def read_job_settings(file: Path | None = None) -> JobSettings:
         raise SpecificationError(f"{place}: {first['msg']}", param=place) from None
 
 
+def job_directory(settings: JobAreas, job_id: str) -> Path:
+    """Where a job's events and checkpoints are."""
+    return settings.training.storage_path.expanduser().resolve() / job_id
+
+
 def as_environment(settings: JobSettings) -> dict[str, str]:
     """The variables that give another process these settings. None of them is a secret."""
-    values = settings.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    values = settings.model_dump(mode="json", exclude_none=True)
     return {
         f"FLORA_{area.upper()}__{name.upper()}": str(value)
         for area, fields in values.items()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -40,22 +40,13 @@ from training.events import (
 )
 from training.frozen_base import FrozenBase
 from training.job_plan import JobPlan, plan_job
+from training.job_settings import JobAreas, job_directory
 from training.publishing import publisher
 from training.spec import TrainingSpec
 from training.trainer import MultiAdapterTrainer
 from workers.models.loading import load_base
 
 _POLL_S = 0.2
-
-
-class JobSettings(Protocol):
-    """The areas a job needs; `deployments.settings.Settings` has them too."""
-
-    @property
-    def storage(self) -> StorageSettings: ...
-
-    @property
-    def training(self) -> TrainingSettings: ...
 
 
 @dataclass(frozen=True)
@@ -90,13 +81,8 @@ class WorkerTask:
     events: Path
 
 
-def job_directory(settings: JobSettings, job_id: str) -> Path:
-    """Where a job's events and checkpoints are."""
-    return settings.training.storage_path.expanduser().resolve() / job_id
-
-
 def run_training(
-    spec: TrainingSpec, settings: JobSettings, on_event: EventSink, *, job_id: str
+    spec: TrainingSpec, settings: JobAreas, on_event: EventSink, *, job_id: str
 ) -> JobResult:
     """Run a job on the Ray this process is connected to, and wait for it.
 
@@ -128,7 +114,7 @@ def run_training(
     return result
 
 
-def _task(plan: JobPlan, settings: JobSettings, job_id: str, directory: Path) -> WorkerTask:
+def _task(plan: JobPlan, settings: JobAreas, job_id: str, directory: Path) -> WorkerTask:
     return WorkerTask(
         spec=plan.spec,
         base=plan.base,

@@ -1,0 +1,68 @@
+"""What is settled before a worker starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storage.errors import InvalidRequestError, SpecificationError
+from training.job_plan import plan_job, share_out
+from training.spec import TrainingSpec
+from training.spec_file import parse_spec
+
+
+def spec_on(tiny_llama_dir: Path, folder: Path, *adapters: dict[str, Any]) -> TrainingSpec:
+    lines = [{"prompt": f"the fox {n}", "completion": " jumps" * (n % 3 + 1)} for n in range(20)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    filled = [{"data": "data.jsonl", "rank": 1, **one} for one in adapters]
+    return parse_spec({"base": str(tiny_llama_dir), "adapters": filled}, folder)
+
+
+def test_a_plan_has_the_data_the_steps_and_the_base(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    spec = spec_on(
+        tiny_llama_dir,
+        tmp_path,
+        {"name": "a", "epochs": 2, "evaluation": {"fraction": 0.25}},
+        {"name": "b", "steps": 70, "rank": 8},
+    )
+    plan = plan_job(spec, num_workers=5)
+    assert (len(plan.data["a"].training), len(plan.data["a"].held_out)) == (15, 5)
+    assert not set(plan.data["a"].training) & set(plan.data["a"].held_out)
+    assert plan.num_steps == {"a": 8, "b": 70}
+    assert plan.shares == (("b",), ("a",))
+    assert plan.num_rounds == 2
+    assert "model.layers.0.self_attn.q_proj" in plan.base.projections
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"target_modules": ["c_attn"]}, SpecificationError, "no linear layer 'c_attn'"),
+        ({"sequence_length": 2}, SpecificationError, "a: no example has a completion"),
+    ],
+)
+def test_what_no_worker_could_train_is_refused_before_one_starts(
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    fields: dict[str, Any],
+    error: type[Exception],
+    says: str,
+) -> None:
+    with pytest.raises(error, match=says):
+        plan_job(spec_on(tiny_llama_dir, tmp_path, {"name": "a", **fields}), num_workers=1)
+
+
+def test_a_base_that_is_not_there_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    spec = spec_on(tiny_llama_dir, tmp_path, {"name": "a"})
+    with pytest.raises(InvalidRequestError, match="no model at"):
+        plan_job(spec.model_copy(update={"base": str(tmp_path / "none")}), num_workers=1)
+
+
+def test_work_is_shared_by_cost_and_nobody_is_idle() -> None:
+    costs = {"a": 10.0, "b": 9.0, "c": 6.0, "d": 5.0, "e": 4.0}
+    assert share_out(costs, 2) == (("a", "d", "e"), ("b", "c"))
+    assert share_out({"a": 1.0}, 4) == (("a",),)
+    assert sorted(name for share in share_out(costs, 3) for name in share) == sorted(costs)

@@ -1,0 +1,71 @@
+"""What training made is what the registry gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storage.base_checkpoint import BaseFacts
+from storage.errors import AdapterRefusedError
+from storage.formats.peft import read_peft
+from storage.identity import AdapterName
+from storage.local_store import LocalObjectStore
+from storage.registry import Registry
+from tests.training.tiny_jobs import adapter, largest_difference, tiny_base, trained
+from training.publishing import publisher
+from training.spec import AdapterSpec
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(LocalObjectStore(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseFacts:
+    return BaseFacts("a" * 64, "tiny", tiny_base().layers.projections)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        adapter("flora", rank=3, rank_pattern={"q_proj": 1}, steps=4),
+        adapter("paper", rank=2, offset=0, steps=4, alias="prod"),
+        adapter("lora", family="lora", rank=4, target_modules=["v_proj"], alpha=3, steps=4),
+        adapter("rslora", family="rslora", rank=4, rank_pattern={"v_proj": 2}, steps=4),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_a_published_adapter_reads_back_as_it_was_trained(
+    registry: Registry, base: BaseFacts, spec: AdapterSpec
+) -> None:
+    rows = trained(spec).published[spec.name]
+    publish = publisher(registry, base, tenant="default", job_id="job-1", max_bytes=1 << 20)
+    version = publish(spec, rows)
+
+    name = AdapterName("default", spec.name)
+    assert registry.resolve(name, spec.alias) == version
+    manifest = registry.manifest(name, version)
+    assert manifest.provenance.source == "training:job-1"
+    assert manifest.content.base_digest == base.digest
+    assert manifest.provenance.warnings == ()
+    files = {path: registry.read_file(entry) for path, entry in manifest.content.files.items()}
+    back = read_peft(files).rows
+    assert largest_difference(rows, back) == 0.0
+    for path, module in rows.modules.items():
+        assert back.modules[path].offset == module.offset
+        assert back.modules[path].add_gate == pytest.approx(module.add_gate, rel=1e-12)
+    assert publish(spec, rows) == version, "publishing again is the same version"
+
+
+def test_weights_nobody_may_serve_are_refused(registry: Registry, base: BaseFacts) -> None:
+    spec = adapter("wild", steps=1)
+    rows = trained(spec).published["wild"]
+    for module in rows.modules.values():
+        assert module.mul_a_RO is not None
+        module.mul_a_RO[0, 0] = 2e4
+    publish = publisher(registry, base, tenant="default", job_id="job-1", max_bytes=1 << 20)
+    with pytest.raises(AdapterRefusedError):
+        publish(spec, rows)
+    assert registry.names("default") == []
