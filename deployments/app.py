@@ -72,6 +72,7 @@ def _engine_deployment(settings: Settings, spec: PlacementSpec) -> serve.Deploym
             "autoscaling_config": {
                 "min_replicas": sizes.min_replicas,
                 "max_replicas": sizes.max_replicas,
+                "target_ongoing_requests": settings.engine.max_sequences,
             }
         }
     return serve.deployment(EngineReplica).options(

@@ -6,6 +6,8 @@ output that other adapters computed than were asked for ends the answer with an 
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -60,10 +62,14 @@ class Generation:
         while self._first is None:
             self._stream = self._gateway.generate(self.request)
             try:
-                first = await anext(self._stream, None)
+                # The engine keeps the deadline of what it has; here nobody may have it yet.
+                async with asyncio.timeout(self._seconds_left()):
+                    first = await anext(self._stream, None)
             except ReplicaLostError as error:
                 self._retry_or_raise(error)
                 continue
+            except TimeoutError:
+                raise RequestTimeoutError("no replica began an answer in time") from None
             if first is None:
                 raise FloraError("the engine gave no answer")
             _check_adapters(self.request, first)
@@ -114,6 +120,10 @@ class Generation:
         """Abort what is still running. May be repeated."""
         if self._stream is not None:
             await self._stream.aclose()
+
+    def _seconds_left(self) -> float | None:
+        deadline_s = self.request.deadline_s
+        return None if deadline_s is None else max(0.0, deadline_s - time.time())
 
     def _retry_or_raise(self, error: ReplicaLostError) -> None:
         if not self._may_retry:

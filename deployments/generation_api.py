@@ -73,7 +73,8 @@ class _Answers:
         }
         if version is not None:
             headers["x-adapter-version"] = version
-            headers["x-adapter-tier"] = first.adapter_tier or "device"
+        if first.adapter_tier is not None:
+            headers["x-adapter-tier"] = first.adapter_tier
         return headers
 
     async def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -155,6 +156,17 @@ def test_an_answer_ended_by_its_deadline_is_an_error(codec: TextCodec) -> None:
     gateway = ScriptedGateway([output(40), output(reason=FinishReason.ABORT)])
     with pytest.raises(RequestTimeoutError):
         asyncio.run(generation(codec, gateway).text())
+
+
+def test_an_answer_that_no_replica_begins_is_an_error_at_its_deadline(codec: TextCodec) -> None:
+    class NobodyAnswers(ScriptedGateway):
+        async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+            await asyncio.Event().wait()
+            yield ReplicaOutputs("never", ())
+
+    request = EngineRequest("one", (5, 6), SamplingParams(), POET, deadline_s=time.time() + 0.05)
+    with pytest.raises(RequestTimeoutError):
+        asyncio.run(Generation(NobodyAnswers(), codec, request, []).text())
 
 
 def test_a_stop_string_ends_the_engines_work_too(codec: TextCodec) -> None:

@@ -170,6 +170,13 @@ def test_adapters_that_do_not_all_fit_are_loaded_and_evicted_as_they_are_asked_f
         assert replica["rows_used"] <= replica["rows"] == rows
 
 
+def test_requests_go_where_their_adapter_lies(served: Served) -> None:
+    served.publish("stayer", rank=1, seed=90)
+    until(lambda: served.complete("stayer", "the").status_code == 200, "the first answer")
+    tiers = {served.complete("stayer", "the").headers["x-adapter-tier"] for _ in range(8)}
+    assert tiers == {"device"}, "it was loaded again on another replica"
+
+
 def test_demand_gives_adapters_their_holders(served: Served) -> None:
     for _ in range(5):
         served.complete("rank-1", "the")

@@ -1,0 +1,118 @@
+"""Every error of ours has its status and OpenAI's shape; nothing else of the inside ever gets out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import httpx
+import pytest
+
+from cluster.published import Published
+from cluster.view import TableView
+from deployments import errors as door_errors
+from deployments.api import Api
+from deployments.errors import http_error
+from deployments.http_app import create_http_app
+from storage import errors
+from storage.errors import FloraError
+from tests.cluster.clocks import ManualClock
+
+STATUS = {
+    "InvalidRequestError": 400,
+    "UnsupportedFieldError": 400,
+    "ContextLengthError": 400,
+    "AmbiguousModelError": 400,
+    "SpecificationError": 400,
+    "UnknownModelError": 404,
+    "BaseMismatchError": 409,
+    "AdapterRefusedError": 422,
+    "CapacityError": 422,
+    "AdapterCorruptError": 503,
+    "StoreUnavailableError": 503,
+    "OverloadedError": 503,
+    "NotLocalError": 401,
+    "ReplicaLostError": 503,
+    "RequestTimeoutError": 503,
+    "WrongAdapterError": 500,
+    "FloraError": 500,
+}
+
+
+def kinds() -> list[type[FloraError]]:
+    found = {
+        kind
+        for module in (errors, door_errors)
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, FloraError)
+    }
+    return sorted(found, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+def test_each_error_has_its_status_and_one_shape(kind: type[FloraError]) -> None:
+    answer = http_error(kind("what happened", param="model"))
+    assert answer.status == STATUS[kind.__name__]
+    error = answer.body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["message"], error["param"]) == ("what happened", "model")
+    assert error["code"] == kind.code and isinstance(error["type"], str)
+    assert ("Retry-After" in answer.headers) == (answer.status == 503)
+
+
+def app_parts(**parts: Any) -> Api:
+    """An API whose parts are used only where a test gives them."""
+    nothing: Any = None
+    api = Api(
+        base_id="base",
+        created_s=1,
+        request_timeout_s=1.0,
+        allows_remote=False,
+        gateway=nothing,
+        codec=nothing,
+        names=nothing,
+        view=TableView(ManualClock()),
+        published=Published,
+        cluster_state=nothing,
+    )
+    return replace(api, **parts)
+
+
+def get(api: Api, path: str, client: str = "127.0.0.1", **headers: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(create_http_app(api), client=(client, 1234))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            return await http.get(path, headers=headers)
+
+    return asyncio.run(ask())
+
+
+def crash() -> NoReturn:
+    raise RuntimeError("secret: /home/someone/key")
+
+
+def test_a_crash_tells_nothing_of_our_inside() -> None:
+    response = get(app_parts(published=crash), "/v1/models")
+    assert response.status_code == 500
+    assert "secret" not in response.text and "Traceback" not in response.text
+    assert response.json()["error"]["code"] == "internal_error"
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("client", ["10.0.0.7", "192.168.1.2", "2001:db8::1"])
+def test_without_keys_another_machine_is_turned_away_whatever_address_is_bound(client: str) -> None:
+    response = get(app_parts(), "/v1/models", client=client)
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "authentication_required"
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "127.8.8.8", "::1"])
+def test_this_machine_is_let_in(client: str) -> None:
+    assert get(app_parts(), "/v1/models", client=client).status_code == 200
+
+
+def test_a_request_id_unfit_for_a_header_is_replaced() -> None:
+    response = get(app_parts(), "/version", **{"x-request-id": "a" * 500})
+    assert len(response.headers["x-request-id"]) < 100
