@@ -21,11 +21,16 @@ os.environ.pop("AWS_PROFILE", None)
 os.environ.pop("AWS_SESSION_TOKEN", None)
 
 import boto3
+import hypothesis
 import pytest
 import torch
 
 from cli.bases import find_base, pull_base
 from cli.local_cluster import LocalCluster, start_cluster
+
+# A machine may be busy with other things: no example fails for being slow.
+hypothesis.settings.register_profile("flora", deadline=None)
+hypothesis.settings.load_profile("flora")
 
 # One thread: the models here are tiny, and sums then have one order.
 torch.set_num_threads(1)
