@@ -1,0 +1,223 @@
+"""Adapters come in the background: once each, requests first, and never lost for want of room."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from storage.adapter_rows import AdapterRows, ModuleRows
+from storage.errors import BaseMismatchError, StoreUnavailableError
+from storage.identity import AdapterVersion
+from tests.workers.engine.small_engine import Fetched, version
+from workers.bank.bank import AdapterBank
+from workers.bank.loader import RETRY_AFTER_S, AdapterLoader
+
+BASE = "b" * 64
+
+
+def rows(rank: int = 1, base_digest: str | None = None, *, both_sides: bool = True) -> AdapterRows:
+    b_RI = torch.ones(rank, 3) if both_sides else None
+    return AdapterRows({"q": ModuleRows(mul_a_RO=torch.ones(rank, 2), mul_b_RI=b_RI)}, base_digest)
+
+
+class Source:
+    """Adapters by version; holds fetches up while `gate` is closed."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.adapters: dict[AdapterVersion, AdapterRows | Exception] = {}
+        self.fetched: list[AdapterVersion] = []
+
+    def __call__(self, wanted: AdapterVersion) -> Fetched:
+        self.fetched.append(wanted)
+        assert self.gate.wait(60)
+        found = self.adapters.get(wanted, rows())
+        if isinstance(found, Exception):
+            raise found
+        return Fetched(found, "disk")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def source() -> Source:
+    return Source()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def bank() -> AdapterBank:
+    return AdapterBank(
+        {"q": (3, 2)},
+        num_rows=4,
+        num_slots=3,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def loader(bank: AdapterBank, source: Source, clock: Clock) -> Iterator[AdapterLoader]:
+    one = AdapterLoader(bank, source, base_digest=BASE, concurrency=2, clock=clock)
+    yield one
+    source.gate.set()
+    one.stop()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end_s
+        time.sleep(0.002)
+
+
+def test_a_version_is_fetched_once_however_often_it_is_asked_for(
+    loader: AdapterLoader, bank: AdapterBank, source: Source
+) -> None:
+    source.gate.clear()
+    for _ in range(50):
+        assert loader.request(version(1)) is None
+    source.gate.set()
+    eventually(lambda: bank.find(version(1)) is not None)
+    assert source.fetched == [version(1)]
+    assert loader.tier(version(1)) == "disk"
+
+
+def test_what_was_loaded_for_a_request_stays_until_the_request_has_seen_it(
+    loader: AdapterLoader, bank: AdapterBank, source: Source
+) -> None:
+    source.adapters = {version(i): rows(2) for i in range(6)}
+    for number in range(6):
+        loader.request(version(number))
+    # Two fit. The others wait for room instead of pushing them out unseen.
+    eventually(lambda: len(loader.claims) == 2)
+    eventually(lambda: sum(loader.waits_for_room(version(i)) for i in range(6)) == 4)
+    assert bank.counters.evictions == 0
+    seen = set(loader.claims)
+    while len(seen) < 6:
+        loader.release_claims()
+        eventually(lambda: len(loader.claims) > 0)
+        seen |= loader.claims
+    assert not bank.references().keys() - loader.claims
+
+
+def test_an_adapter_without_room_is_loaded_once_room_is_made(
+    loader: AdapterLoader, bank: AdapterBank, source: Source
+) -> None:
+    source.adapters = {version(1): rows(4), version(2): rows(4)}
+    bank.load(version(1), rows(4))
+    bank.acquire(version(1))
+    loader.request(version(2))
+    eventually(lambda: loader.waits_for_room(version(2)) and not loader.is_trying(version(2)))
+    assert loader.request(version(2)) is None  # it goes on waiting; that is no error
+    bank.release(version(1))
+    loader.rows_freed()
+    eventually(lambda: bank.find(version(2)) is not None)
+    assert not loader.waits_for_room(version(2))
+    assert source.fetched == [version(2)]
+
+
+def test_a_failed_load_is_told_to_all_who_wait_and_tried_again_later(
+    loader: AdapterLoader, bank: AdapterBank, source: Source, clock: Clock
+) -> None:
+    source.adapters[version(1)] = StoreUnavailableError("the registry does not answer")
+    assert loader.request(version(1)) is None
+    eventually(lambda: loader.num_errors == 1)
+    clock.now += 4 * RETRY_AFTER_S  # behind a long step
+    assert isinstance(loader.request(version(1)), StoreUnavailableError)
+    source.adapters[version(1)] = rows()
+    assert loader.request(version(1)) is None
+    eventually(lambda: bank.find(version(1)) is not None)
+
+
+def test_shortly_after_a_failure_requests_are_told_without_another_try(
+    loader: AdapterLoader, source: Source, clock: Clock
+) -> None:
+    source.adapters[version(1)] = StoreUnavailableError("the registry does not answer")
+    loader.request(version(1))
+    eventually(lambda: loader.num_errors == 1)
+    for _ in range(3):
+        assert isinstance(loader.request(version(1)), StoreUnavailableError)
+        clock.now += 0.3 * RETRY_AFTER_S
+    assert source.fetched == [version(1)]
+
+
+def test_requests_go_before_prefetches_and_a_new_wish_list_replaces_the_old(
+    bank: AdapterBank, source: Source
+) -> None:
+    loader = AdapterLoader(bank, source, base_digest=BASE, concurrency=1)
+    try:
+        source.gate.clear()
+        loader.request(version(1))
+        eventually(lambda: source.fetched == [version(1)])
+        loader.prefetch([version(2), version(3)])
+        loader.prefetch([version(4), version(5)])
+        loader.request(version(6))
+        loader.request(version(5))
+        source.gate.set()
+        eventually(lambda: len(source.fetched) == 4)
+        assert source.fetched == [version(1), version(6), version(5), version(4)]
+    finally:
+        source.gate.set()
+        loader.stop()
+
+
+def test_a_prefetch_without_room_is_given_up_for_a_while(
+    loader: AdapterLoader, bank: AdapterBank, source: Source, clock: Clock
+) -> None:
+    bank.load(version(1), rows(4))
+    bank.acquire(version(1))
+    for _ in range(5):
+        loader.prefetch([version(2)])
+        eventually(lambda: not loader.is_trying(version(2)))
+    assert source.fetched == [version(2)]
+    assert not loader.waits_for_room(version(2))
+    bank.release(version(1))
+    clock.now += RETRY_AFTER_S
+    loader.prefetch([version(2)])
+    eventually(lambda: bank.find(version(2)) is not None)
+
+
+def test_prefetched_adapters_hold_no_reference(loader: AdapterLoader, bank: AdapterBank) -> None:
+    loader.prefetch([version(1)])
+    eventually(lambda: bank.find(version(1)) is not None)
+    eventually(lambda: not loader.is_trying(version(1)))
+    assert bank.references() == {}
+
+
+def test_an_adapter_of_another_base_is_refused_where_the_base_matters(
+    loader: AdapterLoader, bank: AdapterBank, source: Source
+) -> None:
+    source.adapters = {
+        version(1): rows(base_digest="f" * 64),
+        version(2): rows(base_digest=BASE),
+        version(3): rows(base_digest="f" * 64, both_sides=False),  # IA3: only shapes matter
+    }
+    for number in (1, 2, 3):
+        loader.request(version(number))
+    eventually(lambda: loader.num_errors == 1 and len(bank.residents()) == 2)
+    assert isinstance(loader.request(version(1)), BaseMismatchError)
+
+
+def test_whoever_waits_is_woken_by_every_end(loader: AdapterLoader, source: Source) -> None:
+    woken = threading.Semaphore(0)
+    loader.notify(woken.release)
+    source.adapters[version(2)] = StoreUnavailableError("gone")
+    loader.request(version(1))
+    assert woken.acquire(timeout=60)
+    loader.request(version(2))
+    assert woken.acquire(timeout=60)
