@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import adapters, base, chat, doctor, status, train, up
-from cli.console import print_error
+from cli.console import err, print_error
 from cli.demo.command import demo
 from cli.errors import exit_code
 from cli.interrupts import stop_on_signals
@@ -23,6 +23,9 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except FloraError as error:
             print_error(error)
+            raise typer.Exit(exit_code(error)) from None
+        except KeyboardInterrupt as error:
+            err.print("stopped")
             raise typer.Exit(exit_code(error)) from None
 
 

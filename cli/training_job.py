@@ -58,7 +58,7 @@ def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResu
     Raises:
         CommandFailedError: the job as a whole failed or was cancelled; says why.
     """
-    from training.ray_train import job_directory
+    from training.job_settings import job_directory
 
     file = job_directory(settings, job_id) / EVENTS_FILE
     started_s = asked_s = time.monotonic()
