@@ -48,13 +48,22 @@ def up(
     with err.status("starting") as progress:
         running = start_serving(settings, report=progress.update)
     if as_json:
-        print_json({"url": running.url, "base": settings.engine.base_id, "pid": running.ray.pid})
+        print_json(
+            {
+                "url": running.url,
+                "base": settings.engine.base_id,
+                "pid": running.ray.pid,
+                "environment": running.ray.environment,
+            }
+        )
         return
     out.print(
         f"[bold green]Ready[/] at {running.url}/v1, answering as [bold]{settings.engine.base_id}[/]"
     )
     out.print(f"registry   {settings.storage.registry}", soft_wrap=True)
     out.print(f"dashboard  {running.ray.dashboard_url}")
+    variables = " ".join(f"{name}={value}" for name, value in running.ray.environment.items())
+    out.print(f"[dim]for Ray's own commands: export {variables}[/]", soft_wrap=True)
     out.print(
         f"\nTry next:\n  flora chat {settings.engine.base_id}\n"
         "  flora train examples/demo.yaml\n  flora status\n  flora down"
