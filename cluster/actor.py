@@ -31,6 +31,7 @@ from storage.stores import open_store
 NAMESPACE = "flora"
 IDLE_EXIT_S = 300.0
 _CALLS_AT_ONCE = 64
+_DIGEST_LENGTH = 12
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class PlacementSpec(BaseModel):
     def actor_name(self) -> str:
         """Of this application under these settings: others need another manager."""
         digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()
-        return f"{_prefix(self.app_name)}{digest[:12]}"
+        return _prefix(self.app_name) + digest[:_DIGEST_LENGTH]
 
 
 def _prefix(app_name: str) -> str:
@@ -156,6 +157,7 @@ def connect(spec: PlacementSpec) -> Any:
 def stop_managers(app_name: str) -> None:
     """End every manager of an application. No error when there is none."""
     for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == NAMESPACE and entry["name"].startswith(_prefix(app_name)):
+        is_ours = entry["name"][:-_DIGEST_LENGTH] == _prefix(app_name)
+        if is_ours and entry["namespace"] == NAMESPACE:
             with suppress(ValueError):  # it may end itself in between
                 ray.kill(ray.get_actor(entry["name"], NAMESPACE), no_restart=True)

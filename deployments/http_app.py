@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -49,17 +50,35 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body that does not validate: the first thing wrong, with the field's place."""
+    """A body that does not validate: the innermost thing wrong, for a union complains of every alternative."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
-    message = f"{param or 'the request body'}: {first['msg']}"
-    if first["type"] == "json_invalid":
-        return respond(http_error(InvalidRequestError("the request body is not valid JSON")))
-    if first["type"] == "extra_forbidden":
-        return respond(http_error(UnsupportedFieldError(f"there is no field {param}", param=param)))
-    return respond(http_error(InvalidRequestError(message, param=param)))
+    field, worst = max(
+        ((_field(each, error.body), each) for each in error.errors()),
+        key=lambda found: len(found[0]),
+    )
+    param = ".".join(field) or None
+    message = f"{param or 'the request body'}: {worst['msg']}"
+    answer: FloraError = InvalidRequestError(message, param=param)
+    if worst["type"] == "json_invalid":
+        answer = InvalidRequestError("the request body is not valid JSON")
+    elif worst["type"] == "extra_forbidden":
+        answer = UnsupportedFieldError(f"there is no field {param}", param=param)
+    return respond(http_error(answer))
+
+
+def _field(error: Mapping[str, Any], body: Any) -> list[str]:
+    """Where in the body an error is. What else is in pydantic's location names alternatives of a union."""
+    field = []
+    _, *location = error["loc"]  # it begins with "body"
+    for part in location:
+        in_mapping = isinstance(body, dict) and part in body
+        in_list = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if in_mapping or in_list:
+            field.append(str(part))
+            body = body[part]
+        elif error["type"] == "missing" and part == location[-1]:
+            field.append(str(part))
+    return field
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -266,6 +266,7 @@ def test_an_adapter_answers_as_soon_as_it_is_published(server: LocalServer) -> N
             "unsupported_field",
         ),
         ({"model": ""}, "model", "invalid_value"),
+        ({"stop": ["a", 5]}, "stop.1", "invalid_value"),
         ({"model": f"{BASE_ID}@latest"}, "model", "invalid_value"),
         ({"model": "poet@"}, "model", "invalid_value"),
         ({"stream": True, "max_tokens": 600}, "max_tokens", "context_length_exceeded"),
@@ -279,7 +280,29 @@ def test_a_bad_field_is_a_400_that_names_it(
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
-    assert error["param"].split(".str")[0].startswith(param) and error["code"] == code
+    assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "robot", "content": "a"}], "messages.0.role"),
+        ([], "messages"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "text": "a"}]}],
+            "messages.0.content.0.type",
+        ),
+    ],
+)
+def test_a_bad_message_is_a_400_that_says_which(
+    server: LocalServer, messages: Any, param: str
+) -> None:
+    response = post(server, "/v1/chat/completions", model=BASE_ID, messages=messages)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+    missing = post(server, "/v1/chat/completions", model=BASE_ID)
+    assert missing.json()["error"]["param"] == "messages"
 
 
 def test_errors_outside_the_schema_have_the_same_shape(server: LocalServer) -> None:
