@@ -25,7 +25,10 @@ DEFAULT_ALIAS = "latest"
 DEFAULT_TENANT = "default"
 VERSION_PREFIX = "sha256:"
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"
+"""What adapters, aliases and tenants may be called."""
+
+_NAME = re.compile(NAME_PATTERN)
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,12 +46,16 @@ def sha256_hex(data: bytes) -> str:
 
 def checked_name(text: str, *, param: str = "name") -> str:
     """An adapter, alias or tenant name, unchanged. Raises InvalidRequestError with the rule it breaks."""
-    if not _NAME.fullmatch(text):
+    if not is_name(text):
         raise InvalidRequestError(
             f"{text!r} is not a valid name: 1 to 64 of a-z 0-9 . _ -, starting with a letter or digit",
             param=param,
         )
     return text
+
+
+def is_name(text: str) -> bool:
+    return bool(_NAME.fullmatch(text))
 
 
 def checked_version(text: str, *, param: str = "version") -> AdapterVersion:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 
-from storage.identity import AdapterName, AdapterVersion
+from storage.identity import NAME_PATTERN, AdapterName, AdapterVersion
 
 GENERATION = "index/generation"
 
-_NAME = "[a-z0-9][a-z0-9._-]{0,63}"
-_ADAPTER = f"adapters/(?P<tenant>{_NAME})/(?P<name>{_NAME})"
+_ADAPTER = f"adapters/(?P<tenant>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
 _MANIFEST = re.compile(rf"{_ADAPTER}/versions/(?P<stem>[0-9a-f]{{64}})\.json")
 _TOMBSTONE = re.compile(rf"{_ADAPTER}/tombstone\.json")
-_ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{_NAME})\.json")
+_ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{NAME_PATTERN})\.json")
 
 
 def blob(sha256: str) -> str:

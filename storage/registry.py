@@ -25,6 +25,7 @@ from storage.identity import (
     canonical_json,
     checked_name,
     checked_version,
+    is_name,
     sha256_hex,
 )
 from storage.manifest import (
@@ -39,7 +40,6 @@ from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionF
 from storage.records import decode, encode, read, swap
 
 _VERSION_START = re.compile(r"[0-9a-f]{8,64}")
-_ALIAS = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _NOTHING_DELETED = Tombstone(deleted_s=0.0)
 
 
@@ -108,7 +108,7 @@ class Registry:
             AmbiguousModelError: several versions start like that.
         """
         tombstone = self._tombstone(name)
-        if _ALIAS.fullmatch(selector):
+        if is_name(selector):
             record = read(self._store, layout.alias(name, selector), AliasRecord)
             if record is not None and _is_live(selector, record, tombstone):
                 return AdapterVersion(record.version)

@@ -9,6 +9,7 @@ gets `StoreUnavailableError`, and the registry's operations are safe to repeat a
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -39,6 +40,7 @@ _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 1.0
 _NOT_APPLIED = frozenset({409, 429, 503})
 _MAX_CONNECTIONS = 32
+_CONNECTING = threading.Lock()
 
 
 class S3ObjectStore:
@@ -198,21 +200,24 @@ class S3ObjectStore:
 
 
 def _connect(settings: StorageSettings) -> S3Client:
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=settings.s3_endpoint_url,
-        region_name=settings.s3_region,
-        config=Config(
-            connect_timeout=settings.s3_timeout_s,
-            read_timeout=settings.s3_timeout_s,
-            max_pool_connections=_MAX_CONNECTIONS,
-            retries={"total_max_attempts": 1},
-            s3={"addressing_style": settings.s3_addressing},
-            # The registry checks digests itself; many S3 servers refuse the newer checksum headers.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
+    config = Config(
+        connect_timeout=settings.s3_timeout_s,
+        read_timeout=settings.s3_timeout_s,
+        max_pool_connections=_MAX_CONNECTIONS,
+        retries={"total_max_attempts": 1},
+        s3={"addressing_style": settings.s3_addressing},
+        # The registry checks digests itself; many S3 servers refuse the newer checksum headers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
     )
+    # Clients may be shared between threads, the session that makes them may not.
+    with _CONNECTING:
+        return boto3.client(
+            "s3",
+            endpoint_url=settings.s3_endpoint_url,
+            region_name=settings.s3_region,
+            config=config,
+        )
 
 
 class _RangeBeyondEndError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -22,23 +22,13 @@ def s3_api() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def new_bucket(s3_api: S3Server) -> Callable[[], str]:
-    """Makes an empty bucket and returns its name. (One client for all: making one takes longer than most tests.)"""
-    client = boto3.client("s3", endpoint_url=s3_api.url, region_name="us-east-1")
-
-    def create() -> str:
-        name = f"bucket-{uuid.uuid4().hex}"
-        client.create_bucket(Bucket=name)
-        return name
-
-    return create
-
-
 @pytest.fixture
-def s3_settings(s3_api: S3Server, new_bucket: Callable[[], str]) -> StorageSettings:
+def s3_settings(s3_api: S3Server) -> StorageSettings:
     """Settings of a fresh, empty bucket."""
-    return StorageSettings(registry=f"s3://{new_bucket()}/some/prefix", s3_endpoint_url=s3_api.url)
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    client = boto3.client("s3", endpoint_url=s3_api.url, region_name="us-east-1")
+    client.create_bucket(Bucket=bucket)
+    return StorageSettings(registry=f"s3://{bucket}/some/prefix", s3_endpoint_url=s3_api.url)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +24,8 @@ _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class Failure:
     """An answer instead of the real one, or with `applied` after the request was carried out: a lost answer."""
 
-    status: str  # "503 Slow Down"
-    code: str
+    status: str = ""  # "503 Slow Down"; empty closes the connection instead
+    code: str = ""
     applied: bool = False
 
 
@@ -49,6 +50,9 @@ class S3Server:
                 return list(self.application(environ, start_response))
             if failure.applied:
                 list(self.application(environ, lambda *_: None))
+            if not failure.status:
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return []
             start_response(failure.status, [("Content-Type", "application/xml")])
             return [f"<Error><Code>{failure.code}</Code><Message/></Error>".encode()]
 

@@ -259,17 +259,24 @@ def test_an_adapter_over_the_byte_limit_is_refused_before_it_is_fetched(
     assert list(store.reads) == [layout.blob(version)]
 
 
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> tuple[Registry, list[AdapterVersion]]:
+    registry = Registry(LocalObjectStore(tmp_path_factory.mktemp("six")))
+    return registry, [publish_rows(registry, seed) for seed in range(6)]
+
+
 @given(uses=st.lists(st.integers(0, 5), max_size=40), kept=st.integers(0, 4))
 @settings(max_examples=20, deadline=None)
 def test_any_uses_keep_the_books_in_order(
-    tmp_path_factory: pytest.TempPathFactory, uses: list[int], kept: int
+    tmp_path_factory: pytest.TempPathFactory,
+    six: tuple[Registry, list[AdapterVersion]],
+    uses: list[int],
+    kept: int,
 ) -> None:
-    folder = tmp_path_factory.mktemp("uses")
-    registry = Registry(LocalObjectStore(folder / "registry"))
-    versions = [publish_rows(registry, seed) for seed in range(6)]
+    registry, versions = six
     cache = AdapterCache(
         registry,
-        StorageSettings(cache_dir=folder / "cache", host_bytes=kept * ROWS_BYTES),
+        StorageSettings(cache_dir=tmp_path_factory.mktemp("cache"), host_bytes=kept * ROWS_BYTES),
     )
     last: list[int] = []
     for seed in uses:

@@ -49,11 +49,15 @@ def _assert_whole(registry: Registry, version: AdapterVersion) -> None:
     assert registry.manifest(NAME, version).content == content
 
 
-@pytest.mark.parametrize("is_first", [True, False], ids=["first-version", "next-version"])
+@pytest.mark.parametrize(
+    ("kind", "is_first"),
+    [("local", True), ("local", False), ("s3", False)],
+    ids=["local-first-version", "local-next-version", "s3-next-version"],
+)
 def test_publish_survives_a_kill_before_every_write(
-    settings: StorageSettings, is_first: bool
+    request: pytest.FixtureRequest, kind: str, is_first: bool
 ) -> None:
-    registries = _registries(settings)
+    registries = _registries(request.getfixturevalue(f"{kind}_settings"))
     opened = [Registry(open_store(registry)) for registry in registries]
     if not is_first:
         for registry in opened:
