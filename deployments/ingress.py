@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from storage.stores import open_store
 
 _ANSWER_TIMEOUT_S = 5.0
 
+_log = logging.getLogger(__name__)
+
 
 def http_app_builder(
     settings: Settings, spec: PlacementSpec, engine_name: str
@@ -48,7 +51,11 @@ def http_app_builder(
                 gateway=ServeGateway(serve.get_deployment_handle(engine_name, app_name)),
                 codec=TextCodec.open(settings.engine),
                 names=ModelNames(
-                    view, registry, settings.engine.base_id, settings.cluster.table_ttl_s
+                    view,
+                    registry,
+                    settings.engine.base_id,
+                    settings.cluster.table_ttl_s,
+                    on_news=lambda: _nudge(spec),
                 ),
                 view=view,
                 published=_last_good(PublishedReader(registry, time.monotonic)),
@@ -83,6 +90,14 @@ def _last_good(reader: PublishedReader) -> Callable[[], Published]:
             return last
 
     return read
+
+
+def _nudge(spec: PlacementSpec) -> None:
+    try:
+        connect(spec).nudge.remote()
+    except (RayError, ValueError) as error:
+        # It hears of the news at its next look at the registry.
+        _log.warning("the placement manager cannot be told: %s", type(error).__name__)
 
 
 async def _cluster_state(spec: PlacementSpec) -> ClusterState:

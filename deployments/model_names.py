@@ -49,6 +49,7 @@ class ModelNames:
 
     Args:
         table_ttl_s: a table heard of longer ago is asked only when the registry is away.
+        on_news: called, from any thread, when the registry knows a name that the table does not.
         clock: seconds; only differences matter.
     """
 
@@ -58,12 +59,14 @@ class ModelNames:
         registry: Registry,
         base_id: str,
         table_ttl_s: float,
+        on_news: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._view = view
         self._registry = registry
         self._base_id = base_id
         self._table_ttl_s = table_ttl_s
+        self._on_news = on_news
         self._clock = clock
         self._asked: dict[tuple[str, str], _Asked] = {}
         self._names: tuple[Mapping[AliasKey, AdapterVersion], frozenset[tuple[str, str]]] = (
@@ -142,4 +145,6 @@ class ModelNames:
         if name.adapter is None:
             return BASE_MODEL
         version = self._registry.resolve(AdapterName(tenant, name.adapter), name.selector)
-        return _adapter(version, facts_of(self._registry.content(version)))
+        resolved = _adapter(version, facts_of(self._registry.content(version)))
+        self._on_news()
+        return resolved

@@ -79,7 +79,7 @@ def local_server(
             allows_remote=False,
             gateway=gateway,
             codec=codec,
-            names=ModelNames(view, world.registry, BASE_ID, table_ttl_s=30.0),
+            names=ModelNames(view, world.registry, BASE_ID, table_ttl_s=30.0, on_news=lambda: None),
             view=view,
             published=PublishedReader(world.registry, time.monotonic).read,
             cluster_state=no_manager,

@@ -49,8 +49,15 @@ class Names:
         self.clock = ManualClock()
         self.registry = CountingRegistry(directory)
         self.view = TableView(self.clock)
-        self.names = ModelNames(self.view, self.registry, BASE, TTL_S, self.clock)
+        self.num_news = 0
+        self.names = self.named(BASE)
         self.loop = asyncio.new_event_loop()
+
+    def named(self, base_id: str) -> ModelNames:
+        return ModelNames(self.view, self.registry, base_id, TTL_S, self._hear, self.clock)
+
+    def _hear(self) -> None:
+        self.num_news += 1
 
     def publish(self, name: str, rank: int = 2, tenant: str = "default") -> AdapterVersion:
         data = f"{name} {rank}".encode()
@@ -96,7 +103,7 @@ def test_a_fresh_table_answers_without_the_registry(names: Names) -> None:
     names.serve("poet", version, rank=3)
     for model in ("poet", f"{BASE}:poet", "poet@latest"):
         assert names.work(model) == (version, 4.0)
-    assert names.registry.num_asked == 0
+    assert names.registry.num_asked == names.num_news == 0
 
 
 def test_the_table_says_what_serves_while_the_registry_says_what_is_desired(names: Names) -> None:
@@ -114,7 +121,9 @@ def test_an_adapter_the_table_does_not_know_yet_answers_by_the_registry(names: N
     assert caught.value.param == "model"
     version = names.publish("clerk", rank=5)
     names.clock.advance(ASK_AGAIN_S)
+    assert names.num_news == 0
     assert names.work("clerk") == (version, 6.0)
+    assert names.num_news == 1
 
 
 def test_an_unknown_name_is_asked_once_a_second(names: Names) -> None:
@@ -162,7 +171,7 @@ def test_another_tenants_adapter_is_as_unknown_as_none(names: Names) -> None:
 @pytest.mark.parametrize("known_to_table", [True, False])
 def test_a_name_that_means_two_things_is_refused(tmp_path: Path, known_to_table: bool) -> None:
     names = Names(tmp_path)
-    names.names = ModelNames(names.view, names.registry, "poet", TTL_S, names.clock)
+    names.names = names.named("poet")
     version = names.publish("poet")
     if known_to_table:
         names.serve("poet", version)
