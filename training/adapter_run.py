@@ -48,6 +48,8 @@ class AdapterRun:
 
     def __post_init__(self) -> None:
         assert self.spec.seed is not None
+        if self.spec.evaluation is not None and not self.data.held_out:
+            raise ValueError(f"{self.name}: evaluation needs held-out sequences")
         self.stream = ExampleStream(len(self.data.training), self.spec.seed)
 
     @property

@@ -16,14 +16,18 @@ from torch import Tensor
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import SpecificationError
 from training.example_stream import mixed_seed
-from training.spec import ALL_LINEAR, AdapterSpec
+from training.spec import ALL_LINEAR, AdapterSpec, matches
 
 
 def check_targets(spec: AdapterSpec, projections: Collection[str]) -> None:
-    """Raises SpecificationError for a target that no projection of the model ends in."""
-    if spec.target_modules == ALL_LINEAR:
-        return
-    for end in spec.target_modules:
+    """Raises SpecificationError for a target, or a rank's pattern, that fits no projection of the model."""
+    for pattern in spec.rank_pattern:
+        if not any(spec.targets(path) and matches(pattern, path) for path in projections):
+            raise SpecificationError(
+                f"{spec.name}: no module that it targets fits the pattern {pattern!r}",
+                param="rank_pattern",
+            )
+    for end in () if spec.target_modules == ALL_LINEAR else spec.target_modules:
         if not any(path == end or path.endswith(f".{end}") for path in projections):
             known = ", ".join(sorted({path.rpartition(".")[2] for path in projections}))
             raise SpecificationError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from storage.base_checkpoint import BaseFacts, read_base_facts
 from storage.errors import SpecificationError
@@ -51,10 +51,12 @@ def plan_job(spec: TrainingSpec, num_workers: int) -> JobPlan:
     directory = find_base(spec.base)
     base = read_base_facts(directory, spec.base_id)
     tokenizer = load_tokenizer(spec.base)
-    stop_ids = _stop_ids(directory, tokenizer)
+    config = AutoConfig.from_pretrained(directory)
+    stop_ids = _stop_ids(config, directory, tokenizer)
     data: dict[str, AdapterData] = {}
     for adapter in spec.adapters:
         check_targets(adapter, base.projections)
+        _check_length(adapter, config)
         data[adapter.name] = _adapter_data(adapter, tokenizer, stop_ids)
     num_steps = {
         adapter.name: adapter.num_steps(len(data[adapter.name].training))
@@ -131,9 +133,20 @@ def _divided(
     )
 
 
-def _stop_ids(directory: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def _check_length(spec: AdapterSpec, config: PretrainedConfig) -> None:
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and spec.sequence_length > longest:
+        raise SpecificationError(
+            f"{spec.name}: sequence_length {spec.sequence_length} is more than the model's {longest} positions",
+            param="sequence_length",
+        )
+
+
+def _stop_ids(
+    config: PretrainedConfig, directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
     """Every token that ends an answer, as serving sees it."""
-    sources: list[Any] = [AutoConfig.from_pretrained(directory), tokenizer]
+    sources: list[Any] = [config.get_text_config(decoder=True), tokenizer]
     if (directory / "generation_config.json").is_file():
         sources.append(GenerationConfig.from_pretrained(directory))
     found: set[int] = set()

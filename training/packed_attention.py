@@ -18,7 +18,10 @@ class PackedAttention:
     """The attention of one step, for transformers models that `adopt_attention` switched over; has no cache."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self._shape = (len(lengths), max(lengths))
+        self.max_tokens_per_slot = max(
+            lengths
+        )  # a sliding window at least this wide cuts nothing off
+        self._shape = (len(lengths), self.max_tokens_per_slot)
         self._place_T = torch.cat(
             [torch.arange(n) + row * self._shape[1] for row, n in enumerate(lengths)]
         ).to(device)

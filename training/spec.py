@@ -140,7 +140,7 @@ class AdapterSpec(BaseModel):
     def rank_of(self, module: str) -> int:
         """The rank in one module, by its full path."""
         for pattern, rank in self.rank_pattern.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if matches(pattern, module):
                 return rank
         return self.rank
 
@@ -196,6 +196,11 @@ class TrainingSpec(BaseModel):
         )
         object.__setattr__(self, "adapters", tuple(seeded))
         return self
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a key of `rank_pattern` is for a module, by its full path; PEFT's rule."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
 def _checked(text: str) -> str:

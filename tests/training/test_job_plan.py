@@ -41,6 +41,12 @@ def test_a_plan_has_the_data_the_steps_and_the_base(tiny_llama_dir: Path, tmp_pa
     ("fields", "error", "says"),
     [
         ({"target_modules": ["c_attn"]}, SpecificationError, "no linear layer 'c_attn'"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}},
+            SpecificationError,
+            "no module that it targets fits the pattern 'v_proj'",
+        ),
+        ({"sequence_length": 4096}, SpecificationError, "more than the model's 512 positions"),
         ({"sequence_length": 2}, SpecificationError, "a: no example has a completion"),
     ],
 )
