@@ -13,7 +13,7 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import BaseMismatchError, StoreUnavailableError
 from storage.identity import AdapterVersion
 from tests.workers.engine.small_engine import Fetched, version
-from workers.bank.bank import AdapterBank
+from workers.bank.bank import AdapterBank, BankBusyError
 from workers.bank.loader import RETRY_AFTER_S, AdapterLoader
 
 BASE = "b" * 64
@@ -79,7 +79,7 @@ def loader(bank: AdapterBank, source: Source, clock: Clock) -> Iterator[AdapterL
 
 
 def eventually(holds: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 60
+    end_s = time.monotonic() + 30
     while not holds():
         assert time.monotonic() < end_s
         time.sleep(0.002)
@@ -129,6 +129,30 @@ def test_an_adapter_without_room_is_loaded_once_room_is_made(
     eventually(lambda: bank.find(version(2)) is not None)
     assert not loader.waits_for_room(version(2))
     assert source.fetched == [version(2)]
+
+
+def test_room_made_while_a_load_is_being_refused_is_not_missed(source: Source) -> None:
+    class LastMoment(AdapterBank):
+        """Its adapter in use is released just after a load has found no room."""
+
+        def load(self, wanted: AdapterVersion, rows: AdapterRows) -> int:
+            try:
+                return super().load(wanted, rows)
+            except BankBusyError:
+                self.release(version(1))
+                loader.rows_freed()
+                raise
+
+    cpu = torch.device("cpu")
+    bank = LastMoment({"q": (3, 2)}, num_rows=4, num_slots=3, dtype=torch.float32, device=cpu)
+    bank.load(version(1), rows(4))
+    bank.acquire(version(1))
+    loader = AdapterLoader(bank, source, base_digest=BASE, concurrency=1)
+    try:
+        loader.request(version(2))
+        eventually(lambda: bank.find(version(2)) is not None)
+    finally:
+        loader.stop()
 
 
 def test_a_failed_load_is_told_to_all_who_wait_and_tried_again_later(

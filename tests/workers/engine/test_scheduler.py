@@ -215,6 +215,17 @@ def test_decoding_requests_come_first_and_by_slot_and_prompts_fill_the_rest() ->
     assert step(one) == [("long", 1), ("short", 1), ("late", 4)]
 
 
+def test_decoding_requests_are_batched_by_slot_whoever_came_first() -> None:
+    one = scheduler()
+    for name, answer in (("brief", 1), ("long", 9), ("longer", 9)):
+        one.add(sequence(name, prompt=1, answer=answer))
+    one.admit(0.0)
+    step(one)
+    one.add(sequence("heir", prompt=1))
+    one.admit(0.0)
+    assert [name for name, _ in step(one)] == ["heir", "long", "longer"]
+
+
 def test_a_budget_below_the_number_of_sequences_is_refused_by_name() -> None:
     with pytest.raises(InvalidRequestError, match=r"max_step_tokens is 6.*max_sequences, 7"):
         scheduler(num_slots=7)
