@@ -6,6 +6,7 @@ every round. A round's checkpoint has one file per adapter, so a run may go on w
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -47,6 +48,8 @@ from training.trainer import MultiAdapterTrainer
 from workers.models.loading import load_base
 
 _POLL_S = 0.2
+
+logger = logging.getLogger("flora.training")
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ def run_training(
         job_id: names the job's directory; a valid name as of `storage.identity`.
 
     Raises:
-        SpecificationError, InvalidRequestError: found before any worker starts.
+        SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
     """
     checked_name(job_id, param="job_id")
+    open_store(settings.storage)  # a registry that cannot take the result should be told now
     plan = plan_job(spec, settings.training.num_workers)
     directory = job_directory(settings, job_id)
     tell = EventWriter(directory / EVENTS_FILE)
@@ -153,8 +157,21 @@ def _fit(task: WorkerTask, settings: TrainingSettings, directory: Path) -> str |
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return str(error)
+        logger.error("%s", error)
+        return _reason(error)
     return None
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """What the first lost worker died of, in one line; the log has the tracebacks."""
+    failures = getattr(error, "worker_failures", {})
+    texts = [f"worker {rank}: {_telling_line(str(failures[rank]))}" for rank in sorted(failures)]
+    return texts[0] if texts else _telling_line(str(error))
+
+
+def _telling_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def _result(events: Path, error: str | None) -> JobResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn import functional
 
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterVersion
@@ -18,6 +17,7 @@ from tests.training.tiny_jobs import (
     Recorder,
     adapter,
     largest_difference,
+    padded_loss,
     run_of,
     sequences,
     tiny_model,
@@ -27,25 +27,8 @@ from tests.training.tiny_jobs import (
 from training.example_stream import ExampleStream
 from training.initial_rows import initial_rows
 from training.spec import AdapterSpec
-from training.tokens import TokenSequence
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def padded_loss(model: Any, batch: Sequence[TokenSequence]) -> Tensor:
-    """The loss as everybody writes it: a right-padded rectangle, an attention mask, labels of −100."""
-    longest = max(len(one.tokens) for one in batch)
-    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, one in enumerate(batch):
-        tokens, learnt = torch.tensor(one.tokens), torch.tensor(one.learnt)
-        ids[row, : len(tokens)] = tokens
-        mask[row, : len(tokens)] = 1
-        labels[row, : len(tokens)][learnt] = tokens[learnt]
-    logits = model(input_ids=ids, attention_mask=mask).logits
-    return functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
 
 
 def peft_loop(spec: AdapterSpec) -> tuple[list[float], AdapterRows]:

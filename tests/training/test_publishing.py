@@ -5,14 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 
+from storage.adapter_directory import write_directory
 from storage.base_checkpoint import BaseFacts
 from storage.errors import AdapterRefusedError
 from storage.formats.peft import read_peft
+from storage.formats.writing import write_flora, write_lora
 from storage.identity import AdapterName
 from storage.local_store import LocalObjectStore
 from storage.registry import Registry
-from tests.training.tiny_jobs import adapter, largest_difference, tiny_base, trained
+from tests.training.tiny_jobs import (
+    adapter,
+    largest_difference,
+    padded_loss,
+    run_of,
+    tiny_base,
+    tiny_model,
+    trained,
+)
 from training.publishing import publisher
 from training.spec import AdapterSpec
 
@@ -27,16 +39,15 @@ def base() -> BaseFacts:
     return BaseFacts("a" * 64, "tiny", tiny_base().layers.projections)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        adapter("flora", rank=3, rank_pattern={"q_proj": 1}, steps=4),
-        adapter("paper", rank=2, offset=0, steps=4, alias="prod"),
-        adapter("lora", family="lora", rank=4, target_modules=["v_proj"], alpha=3, steps=4),
-        adapter("rslora", family="rslora", rank=4, rank_pattern={"v_proj": 2}, steps=4),
-    ],
-    ids=lambda spec: spec.name,
-)
+SPECS = [
+    adapter("flora", rank=3, rank_pattern={"q_proj": 1}, steps=8),
+    adapter("paper", rank=2, offset=0, steps=8, alias="prod"),
+    adapter("lora", family="lora", rank=4, target_modules=["v_proj"], alpha=3, steps=8),
+    adapter("rslora", family="rslora", rank=4, rank_pattern={"v_proj": 2}, steps=8),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_a_published_adapter_reads_back_as_it_was_trained(
     registry: Registry, base: BaseFacts, spec: AdapterSpec
 ) -> None:
@@ -69,3 +80,22 @@ def test_weights_nobody_may_serve_are_refused(registry: Registry, base: BaseFact
     with pytest.raises(AdapterRefusedError):
         publish(spec, rows)
     assert registry.names("default") == []
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_peft_loads_what_was_trained_and_loses_as_much(
+    spec: AdapterSpec, base: BaseFacts, tmp_path: Path
+) -> None:
+    """PEFT's loss with the published adapter is the trainer's own loss of the step that would have come next."""
+    faster = spec.model_copy(update={"learning_rate": 2e-2})
+    rows = trained(faster).published[spec.name]
+    write = write_flora if spec.family == "flora" else write_lora
+    write_directory(tmp_path / "adapter", write(rows, base.name))
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    one_more = faster.model_copy(update={"steps": 9})
+    run = run_of(one_more)
+    batch = [run.draw() for _ in range(9)][-1]
+    expected = trained(one_more).losses(spec.name)[-1]
+    with torch.no_grad():
+        assert padded_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
+        assert padded_loss(tiny_model(), batch).item() > expected + 1e-2, "the twin without it"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from storage.adapter_rows import AdapterRows
@@ -68,6 +70,22 @@ def sequences(name: str, count: int = 12) -> tuple[TokenSequence, ...]:
 def run_of(spec: AdapterSpec, *, held_out: tuple[TokenSequence, ...] = ()) -> AdapterRun:
     data = AdapterData(sequences(spec.name), held_out)
     return AdapterRun(spec, data, spec.num_steps(len(data.training)))
+
+
+def padded_loss(model: Any, batch: Sequence[TokenSequence]) -> Tensor:
+    """The loss as everybody writes it: a right-padded rectangle, an attention mask, labels of −100."""
+    longest = max(len(one.tokens) for one in batch)
+    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, one in enumerate(batch):
+        tokens, learnt = torch.tensor(one.tokens), torch.tensor(one.learnt)
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        labels[row, : len(tokens)][learnt] = tokens[learnt]
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    return functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
 
 
 class Recorder:
