@@ -5,9 +5,11 @@ Knows nothing of FLoRA's application: `deployments.launching` deploys onto it.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from cli.interrupts import kept_handlers
 from storage.errors import OverloadedError
 
 # A Unix socket's path may have 107 bytes; Ray adds about 70 to its temporary directory.
@@ -27,6 +30,7 @@ _LONGEST_TEMP_PARENT = 20
 _OBJECT_STORE_BYTES = 256 << 20
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 2.0  # what has not ended by then is draining work nobody waits for
+_PR_SET_PDEATHSIG = 1
 _SOURCE_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -64,13 +68,14 @@ class LocalCluster:
         self.authenticate()
         import ray
 
-        ray.init(
-            address=self.address,
-            namespace=namespace,
-            log_to_driver=False,
-            logging_level="error",
-            ignore_reinit_error=False,
-        )
+        # Ray lets SIGTERM end a driver, and a former one, on the spot; what they started would live on.
+        with kept_handlers():
+            ray.init(
+                address=self.address,
+                namespace=namespace,
+                log_to_driver=False,
+                logging_level="error",
+            )
 
     def authenticate(self) -> None:
         """Let this process use the cluster's token, whatever Ray it spoke to before."""
@@ -85,7 +90,8 @@ class LocalCluster:
     def disconnect() -> None:
         import ray
 
-        ray.shutdown()
+        with kept_handlers():
+            ray.shutdown()
 
     def stop(self) -> None:
         """End every process of the cluster and remove its directory. Returns when they are gone; may be repeated."""
@@ -105,10 +111,16 @@ class LocalCluster:
         return None
 
 
-def start_cluster(*, num_cpus: int | None = None, num_gpus: int | None = None) -> LocalCluster:
+def start_cluster(
+    *,
+    num_cpus: int | None = None,
+    num_gpus: int | None = None,
+    outlives_caller: bool = False,
+) -> LocalCluster:
     """Start a Ray head with a job server and a token of its own, and wait until it answers (about 10 s).
 
     Args:
+        outlives_caller: go on after this process; else the head ends with it, however it ends (on Linux).
         num_cpus: logical CPUs Ray may hand out; by default enough for a few replicas, a trainer and their drivers.
         num_gpus: by default what Ray finds.
 
@@ -117,7 +129,8 @@ def start_cluster(*, num_cpus: int | None = None, num_gpus: int | None = None) -
     """
     directory = Path(tempfile.mkdtemp(prefix="flora-", dir=_short_temp_parent()))
     try:
-        return _start_in(directory, num_cpus or max(os.cpu_count() or 1, 8), num_gpus)
+        cpus = num_cpus or max(os.cpu_count() or 1, 8)
+        return _start_in(directory, cpus, num_gpus, outlives_caller)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -132,7 +145,9 @@ def free_ports(count: int) -> list[int]:
         return [free.getsockname()[1] for free in sockets]
 
 
-def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalCluster:
+def _start_in(
+    directory: Path, num_cpus: int, num_gpus: int | None, outlives_caller: bool
+) -> LocalCluster:
     token_file = directory / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
@@ -158,6 +173,7 @@ def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalClus
             cwd=directory,
             env=_head_environment(token_file),
             start_new_session=True,
+            preexec_fn=None if outlives_caller or sys.platform != "linux" else _end_with_parent,
         )
     process = psutil.Process(child.pid)
     try:
@@ -172,6 +188,11 @@ def _start_in(directory: Path, num_cpus: int, num_gpus: int | None) -> LocalClus
         dashboard_url=f"http://127.0.0.1:{dashboard}",
         directory=str(directory),
     )
+
+
+def _end_with_parent() -> None:
+    """Runs in the head before it is Ray: let the kernel kill it when its parent is gone. Ray's daemons follow it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _wait_for_address(address_file: Path, child: subprocess.Popen[bytes], log_file: Path) -> str:

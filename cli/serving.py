@@ -45,7 +45,7 @@ def local_settings(
 def start_serving(settings: Settings, report: Callable[[str], None]) -> RunningCluster:
     """Start Ray, deploy, and return once it answers. Whatever ends this early leaves nothing running."""
     report("starting a private Ray")
-    ray = start_cluster(num_cpus=logical_cpus(settings))
+    ray = start_cluster(num_cpus=logical_cpus(settings), outlives_caller=True)
     running = RunningCluster(ray, settings.model_dump(mode="json"))
     try:
         running.save()

@@ -14,6 +14,8 @@ from cli.demo.questions import Question
 from cli.demo.score import Examination
 from cli.demo.tour import Visit
 
+_ANSWER_WIDTH = 120
+
 
 def visit_line(visit: Visit, replicas: Mapping[str, str]) -> str:
     """One line of the tour."""
@@ -49,7 +51,7 @@ def answers_page(
             question.model if served.version else f"[dim]{question.model}[/]",
             short(served.version) or "[dim]base[/]",
             replicas[served.replica],
-            escape(" ".join(answer.text.split())[:240]),
+            escape(" ".join(answer.text.split())[:_ANSWER_WIDTH]),
         )
     return Group(*tables.values())
 

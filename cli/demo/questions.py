@@ -44,13 +44,13 @@ def ask_all(
         return answer
 
     started_s = time.monotonic()
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
+    pool = ThreadPoolExecutor(CONCURRENCY)
+    try:
         waiting = [pool.submit(ask, question) for question in questions]
-        try:
-            answers = tuple(future.result() for future in waiting)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        answers = tuple(future.result() for future in waiting)
+    finally:
+        # Requests on their way when one failed, or at Ctrl-C, end with the cluster; nobody waits for them.
+        pool.shutdown(wait=False, cancel_futures=True)
     return Answers(answers, time.monotonic() - started_s)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +24,13 @@ def submit(cluster: LocalCluster, entrypoint: str) -> str:
         json={"entrypoint": entrypoint},
     )
     return response.raise_for_status().json()["submission_id"]
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(path: Path) -> str:
@@ -66,9 +74,54 @@ def test_stopping_ends_daemons_jobs_and_files(tmp_path: Path) -> None:
 
     assert not cluster.is_alive()
     assert not Path(cluster.directory).exists()
-    running = [one for one in [job, *family] if one.is_running() and one.status() != "zombie"]
-    assert running == []
+    assert not any(map(is_running, [job, *family]))
     cluster.stop()  # again is no error
+
+
+def test_killing_its_owner_ends_it_too() -> None:
+    code = "from cli.local_cluster import start_cluster as s; print(s().pid, flush=True); input()"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    head = psutil.Process(int(owner.stdout.readline()))
+    directory = Path(head.cwd())
+    daemons = [one for one in head.children() if one.name() in ("gcs_server", "raylet")]
+    assert len(daemons) == 2
+    owner.kill()
+    owner.communicate()
+    deadline_s = time.monotonic() + 30
+    # Ray's two agents follow a minute later, when they miss the others.
+    while any(map(is_running, [head, *daemons])) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not any(map(is_running, [head, *daemons]))
+    shutil.rmtree(directory)
+
+
+def test_sigterm_stops_what_was_started(tmp_path: Path) -> None:
+    code = """if True:
+        import time
+        from cli.interrupts import shielded, stop_on_signals
+        from cli.local_cluster import start_cluster
+        stop_on_signals()
+        cluster = start_cluster()
+        try:
+            cluster.connect()
+            cluster.disconnect()  # Ray takes the signal for itself, both times
+            print(cluster.pid, flush=True)
+            time.sleep(60)
+        finally:
+            with shielded():
+                cluster.stop()
+                print("stopped", flush=True)
+    """
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    head = psutil.Process(int(owner.stdout.readline()))
+    owner.terminate()
+    assert owner.stdout.read().strip() == "stopped"
+    owner.wait()
+    assert not is_running(head)
 
 
 def test_jobs_find_this_checkout_and_this_python(ray_session: LocalCluster, tmp_path: Path) -> None:
