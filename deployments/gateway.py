@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,7 +51,9 @@ class ServeGateway:
         self._ping = handle.options(method_name="ping")
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
-        response = self._generate.remote(request)
+        # In a context of its own, so that Serve gives the call an id of its own: its router finds waiting calls by
+        # the id of the HTTP request they belong to, and of several with one id it forgets all but the first.
+        response = Context().run(self._generate.remote, request)
         is_over = False
         try:
             async for batch in response:

@@ -153,6 +153,28 @@ def test_mixed_requests_at_once_are_each_what_the_engine_alone_answers(served: S
     assert len({answer.headers["x-replica-id"] for answer in answers}) == 2
 
 
+def test_several_prompts_of_one_request_are_all_answered(served: Served) -> None:
+    prompts = PROMPTS * 3
+    expected = [served.expected(prompt, served.versions["rank-2"], 8) for prompt in prompts]
+    body = {"model": "rank-2", "prompt": prompts, "max_tokens": 8}
+    body |= {"temperature": 0, "ignore_eos": True}
+    whole = httpx.post(f"{served.url}/v1/completions", json=body, timeout=60).json()
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    streamed = [""] * len(prompts)
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60)
+    for chunk in client.completions.create(
+        model="rank-2",
+        prompt=prompts,
+        max_tokens=8,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    ):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == expected
+
+
 def test_adapters_that_do_not_all_fit_are_loaded_and_evicted_as_they_are_asked_for(
     served: Served,
 ) -> None:
