@@ -39,7 +39,7 @@ from training.job_plan import plan_job
 from training.job_settings import JobSettings, job_directory
 from training.ray_jobs import RayJobBackend
 from training.ray_train import run_training
-from training.spec import TrainingSpec
+from training.spec import AdapterSpec, TrainingSpec
 from training.spec_file import read_spec
 from training.stored_spec import store_spec
 from training.trainer import MultiAdapterTrainer
@@ -98,8 +98,8 @@ def rows_without_ray(spec: TrainingSpec) -> dict[str, AdapterRows]:
     base = load_base(spec.base, torch.float32, torch.device("cpu"))
     rows: dict[str, AdapterRows] = {}
 
-    def publish(adapter: object, made: AdapterRows) -> AdapterVersion:
-        rows[adapter.name] = made  # type: ignore[attr-defined]
+    def publish(adapter: AdapterSpec, made: AdapterRows) -> AdapterVersion:
+        rows[adapter.name] = made
         return AdapterVersion("f" * 64)
 
     MultiAdapterTrainer(
