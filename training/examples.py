@@ -58,8 +58,10 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecificationError(f"{path.name}: cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise SpecificationError(f"{path.name}: is not UTF-8 text") from None
+    except OSError as error:
+        raise SpecificationError(f"{path.name}: cannot be read: {error.strerror}") from None
     examples: list[Example] = []
     file_format, first_line = "", 0
     for number, line in enumerate(lines, 1):

@@ -108,7 +108,8 @@ def _read(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, An
 def _log_result(result: JobResult) -> None:
     if result.error is not None:
         logger.error("the job failed: %s", result.error)
-    logger.info("%d adapters published, %d failed", len(result.published), len(result.failed))
+    count = len(result.published)
+    logger.info("published %d of %d adapters", count, count + len(result.failed))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -77,8 +77,10 @@ def read_spec(path: Path, overrides: Mapping[str, Any] | None = None) -> Trainin
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecificationError(f"{path.name}: cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise SpecificationError(f"{path.name}: is not UTF-8 text") from None
+    except OSError as error:
+        raise SpecificationError(f"{path.name}: cannot be read: {error.strerror}") from None
     if path.suffix == ".json":
         text = text.replace("\t", " ")  # YAML allows JSON, but no tabs between its tokens
     try:
