@@ -79,6 +79,8 @@ def _questions() -> Iterator[str]:
         try:
             line = input(asks).strip()
         except (EOFError, KeyboardInterrupt):
+            if asks:
+                out.print()
             return
         if line:
             yield line

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -115,11 +117,13 @@ def start_cluster(
     *,
     num_cpus: int | None = None,
     num_gpus: int | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
     outlives_caller: bool = False,
 ) -> LocalCluster:
     """Start a Ray head with a job server and a token of its own, and wait until it answers (about 10 s).
 
     Args:
+        variables: of the environment of everything that will run on it.
         outlives_caller: go on after this process; else the head ends with it, however it ends (on Linux).
         num_cpus: logical CPUs Ray may hand out; by default enough for a few replicas, a trainer and their drivers.
         num_gpus: by default what Ray finds.
@@ -130,7 +134,7 @@ def start_cluster(
     directory = Path(tempfile.mkdtemp(prefix="flora-", dir=_short_temp_parent()))
     try:
         cpus = num_cpus or max(os.cpu_count() or 1, 8)
-        return _start_in(directory, cpus, num_gpus, outlives_caller)
+        return _start_in(directory, cpus, num_gpus, variables, outlives_caller)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise
@@ -146,7 +150,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def _start_in(
-    directory: Path, num_cpus: int, num_gpus: int | None, outlives_caller: bool
+    directory: Path,
+    num_cpus: int,
+    num_gpus: int | None,
+    variables: Mapping[str, str],
+    outlives_caller: bool,
 ) -> LocalCluster:
     token_file = directory / "token"
     token_file.touch(mode=0o600)
@@ -171,7 +179,7 @@ def _start_in(
             stdout=log,
             stderr=log,
             cwd=directory,
-            env=_head_environment(token_file),
+            env={**_head_environment(token_file), **variables},
             start_new_session=True,
             preexec_fn=None if outlives_caller or sys.platform != "linux" else _end_with_parent,
         )

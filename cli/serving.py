@@ -44,8 +44,16 @@ def local_settings(
 
 def start_serving(settings: Settings, report: Callable[[str], None]) -> RunningCluster:
     """Start Ray, deploy, and return once it answers. Whatever ends this early leaves nothing running."""
+    from training.job_settings import JobSettings, as_environment
+
     report("starting a private Ray")
-    ray = start_cluster(num_cpus=logical_cpus(settings), outlives_caller=True)
+    shared = JobSettings(storage=settings.storage, training=settings.training)
+    ray = start_cluster(
+        num_cpus=logical_cpus(settings),
+        # So that a job submitted by Ray's own means publishes where this cluster looks.
+        variables=as_environment(shared),
+        outlives_caller=True,
+    )
     running = RunningCluster(ray, settings.model_dump(mode="json"))
     try:
         running.save()

@@ -41,7 +41,7 @@ def command_settings(config: Path | None = None, **areas: Mapping[str, Any]) -> 
         area: {name: value for name, value in fields.items() if value is not None}
         for area, fields in areas.items()
     }
-    return read_settings(config, **given)
+    return _absolute(read_settings(config, **given))
 
 
 def storage_settings(registry: str | None, s3_endpoint: str | None) -> StorageSettings:
@@ -60,6 +60,21 @@ def base_directory(name: str) -> Path:
         with err.status("looking for the base model") as progress:
             directory = pull_base(name, report=progress.update)
     return directory
+
+
+def _absolute(settings: Settings) -> Settings:
+    """Replicas and jobs run in other directories than this command: a relative place would be another one there."""
+    storage, training = settings.storage, settings.training
+    places: dict[str, Any] = {"cache_dir": storage.cache_dir.expanduser().absolute()}
+    if "://" not in storage.registry:
+        places["registry"] = str(Path(storage.registry).expanduser().absolute())
+    path = training.storage_path.expanduser().absolute()
+    return settings.model_copy(
+        update={
+            "storage": storage.model_copy(update=places),
+            "training": training.model_copy(update={"storage_path": path}),
+        }
+    )
 
 
 def _keep_all_in_home() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
 
 from cli.errors import CommandFailedError, exit_code
 from cli.main import app
+from cli.settings import command_settings
 from storage.errors import (
     AdapterRefusedError,
     InvalidRequestError,
@@ -121,3 +123,24 @@ def test_a_wrong_setting_is_named(
     file = tmp_path_factory.mktemp("settings") / "flora.yaml"
     file.write_text("engine: {bank_row: 3}\n")
     assert "engine.bank_row" in flora("up", "--config", str(file), code=2).stderr
+
+
+def test_a_relative_registry_means_the_same_place_everywhere(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = command_settings(storage={"registry": "here"})
+    assert settings.storage.registry == str(tmp_path / "here")
+    assert settings.storage.cache_dir == home / "cache"
+    assert settings.training.storage_path == home / "training"
+    remote = command_settings(storage={"registry": "s3://bucket/prefix"})
+    assert remote.storage.registry == "s3://bucket/prefix"
+
+
+def test_flags_win_over_variables_and_variables_over_the_home(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command_settings().storage.registry == str(home / "registry")
+    monkeypatch.setenv("FLORA_STORAGE__REGISTRY", "/variable")
+    assert command_settings().storage.registry == "/variable"
+    assert command_settings(storage={"registry": "/flag"}).storage.registry == "/flag"

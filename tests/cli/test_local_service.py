@@ -25,6 +25,7 @@ class Person:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.ray_environment: dict[str, str] = {}
         self.environment = {**os.environ, "FLORA_HOME": str(home), "FLORA_ENGINE__DTYPE": "float32"}
         for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "FLORA_URL"):
             self.environment.pop(name, None)
@@ -94,6 +95,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(person: Person) -> Iterator[str]:
     """A cluster that is up, of two replicas whose banks hold one of the two adapters at a time."""
     ready = person.json("up", "--base", BASE, "--replicas", 2, "--port", 0, "--bank-rows", 4)
+    person.ray_environment = ready["environment"]
     yield ready["url"]
     person.flora("down")
 
@@ -131,11 +133,38 @@ def test_a_trained_adapter_answers_and_is_seen_where_it_lies(
     assert "blue@latest" in person.flora("status")
 
 
+def test_rays_own_command_submits_a_job_whose_adapters_answer(
+    person: Person, url: str, spec: Path
+) -> None:
+    values = {**yaml.safe_load(spec.read_text()), "base": str(person.home / "bases" / BASE)}
+    values["adapters"] = [{**values["adapters"][0], "name": "green"}]
+    (spec.parent / "green.yaml").write_text(yaml.safe_dump(values))
+    submit = ["job", "submit", "--working-dir", ".", "--no-wait"]
+    job = [
+        "--",
+        "python",
+        "-m",
+        "training.job",
+        str(spec.parent / "green.yaml"),
+        "--job-id",
+        "green",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", *submit, "--submission-id", "green", *job],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**person.environment, **person.ray_environment},
+        capture_output=True,
+        check=True,
+    )
+    assert set(person.json("train", "--attach", "green")["published"]) == {"green"}
+    assert person.json("chat", "green", "--prompt", "1", "--max-tokens", 4)["version"]
+
+
 def test_commands_use_the_registry_of_the_running_cluster(person: Person, url: str) -> None:
     running = person.state
     assert running is not None and running["url"] == url
     listed = person.json("adapters", "ls")
-    assert [adapter["name"] for adapter in listed] == ["blue", "red"]
+    assert {"blue", "red"} <= {adapter["name"] for adapter in listed}
 
 
 def test_an_unknown_model_is_a_wrong_question_and_names_it(person: Person, url: str) -> None:
