@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ray
 import yaml
 
 from storage.errors import FloraError, InvalidRequestError
@@ -57,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Not before: this brings torch, and what is wrong with a specification should be told at once.
         from training.ray_train import run_training
 
-        ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
         result = run_training(spec, settings, log_event, job_id=job_id)
     except InvalidRequestError as error:
         logger.error("%s", error.message)

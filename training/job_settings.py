@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
+from storage.identity import checked_name
 from training.config import TrainingSettings
 
 
@@ -62,8 +63,9 @@ def read_job_settings(file: Path | None = None) -> JobSettings:
 
 
 def job_directory(settings: JobAreas, job_id: str) -> Path:
-    """Where a job's events and checkpoints are."""
-    return settings.training.storage_path.expanduser().resolve() / job_id
+    """Where a job's events and checkpoints are. Raises InvalidRequestError for an id that is not a valid name."""
+    name = checked_name(job_id, param="job_id")
+    return settings.training.storage_path.expanduser().resolve() / name
 
 
 def as_environment(settings: JobSettings) -> dict[str, str]:

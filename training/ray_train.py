@@ -11,11 +11,13 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -23,7 +25,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from storage.base_checkpoint import BaseFacts
 from storage.config import StorageSettings
-from storage.identity import checked_name
 from storage.registry import Registry
 from storage.stores import open_store
 from training.adapter_run import AdapterData, AdapterRun
@@ -87,7 +88,7 @@ class WorkerTask:
 def run_training(
     spec: TrainingSpec, settings: JobAreas, on_event: EventSink, *, job_id: str
 ) -> JobResult:
-    """Run a job on the Ray this process is connected to, and wait for it.
+    """Run a job and wait for it, on the Ray this process is connected to; else on `RAY_ADDRESS`, or one of its own.
 
     A job of the same id that was cut off goes on from its last checkpoint.
 
@@ -98,10 +99,11 @@ def run_training(
     Raises:
         SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
     """
-    checked_name(job_id, param="job_id")
+    directory = job_directory(settings, job_id)
     open_store(settings.storage)  # a registry that cannot take the result should be told now
     plan = plan_job(spec, settings.training.num_workers)
-    directory = job_directory(settings, job_id)
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     tell = EventWriter(directory / EVENTS_FILE)
     start = read_events(directory / EVENTS_FILE).next
     try:
@@ -190,7 +192,10 @@ def _result(events: Path, error: str | None) -> JobResult:
 
 @contextmanager
 def _followed(events: Path, start: int, on_event: EventSink) -> Iterator[None]:
-    """Tell `on_event` what is appended to a file while the block runs, to the last line."""
+    """Tell `on_event` what is appended to a file while the block runs, to the last line.
+
+    An error of `on_event` ends the telling, not the block; it is raised at the end.
+    """
     done = threading.Event()
 
     def follow() -> None:
@@ -204,13 +209,13 @@ def _followed(events: Path, start: int, on_event: EventSink) -> Iterator[None]:
             if is_last:
                 return
 
-    thread = threading.Thread(target=follow, name="training-events", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    with ThreadPoolExecutor(1, thread_name_prefix="training-events") as thread:
+        followed = thread.submit(follow)
+        try:
+            yield
+        finally:
+            done.set()
+        followed.result()
 
 
 def _train_share(config: Mapping[str, Any]) -> None:
