@@ -231,6 +231,8 @@ def _head_environment(token_file: Path) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([scripts, environment.get("PATH", os.defpath)])
     paths = [str(_SOURCE_ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    # Ray runs workers at a low priority by default; here they are the ones that answer.
+    environment.setdefault("RAY_worker_niceness", "0")
     return {**environment, **_authentication(token_file)}
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli.bases import BUILT_IN
 from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
 from cli.running import RunningCluster
@@ -32,7 +31,7 @@ def local_settings(
         serve |= {"min_replicas": replicas, "max_replicas": replicas}
     engine = given.pop("engine", {})
     plain = command_settings(config, serve=serve, engine=engine, **given)
-    directory = base_directory(base or (plain.engine.base if config else BUILT_IN))
+    directory = base_directory(base or plain.engine.base)
     engine["base"] = str(directory)
     if base is not None:
         engine["base_id"] = directory.name.lower()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.bases import find_base, pull_base
+from cli.bases import BUILT_IN, find_base, pull_base
 from cli.console import err
 from cli.home import bases_dir, flora_home
 from cli.running import find_running
@@ -57,8 +57,9 @@ def base_directory(name: str) -> Path:
     """The directory of a base model, fetched first if it is not here."""
     directory = find_base(name)
     if directory is None:
+        source = BUILT_IN if Path(name).name == BUILT_IN else name
         with err.status("looking for the base model") as progress:
-            directory = pull_base(name, report=progress.update)
+            directory = pull_base(source, report=progress.update)
     return directory
 
 
@@ -84,4 +85,4 @@ def _keep_all_in_home() -> None:
     os.environ.setdefault("FLORA_STORAGE__REGISTRY", str(flora_home() / "registry"))
     os.environ.setdefault("FLORA_STORAGE__CACHE_DIR", str(flora_home() / "cache"))
     os.environ.setdefault("FLORA_TRAINING__STORAGE_PATH", str(flora_home() / "training"))
-    os.environ.setdefault("FLORA_ENGINE__BASE", str(bases_dir() / "smollm2-135m-instruct"))
+    os.environ.setdefault("FLORA_ENGINE__BASE", str(bases_dir() / BUILT_IN))
