@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.results_file import RESULTS
 
 
 def main() -> None:
-    console = Console()
-    table = Table("benchmark", "row", "value", "bar", "met")
     missed: list[str] = []
+    print(f"{'benchmark':<12} {'row':<36} {'value':>9} {'bar':>8}  met")
     for path in sorted(RESULTS.glob("*.json")):
         for row in json.loads(path.read_text())["rows"]:
-            table.add_row(path.stem, row["name"], f"{row['value']:.3g}", _bar(row), _met(row))
+            figures = f"{row['value']:>9.3g} {_bar(row):>8}  {_met(row)}"
+            print(f"{path.stem:<12} {row['name']:<36} {figures}")
             if row["met"] is False:
                 missed.append(f"{path.stem}: {row['name']} is {row['value']:.3g}, bar {_bar(row)}")
-    console.print(table)
     for line in missed:
-        console.print(f"missed  {line}", soft_wrap=True)
+        print(f"missed  {line}")
 
 
 def _bar(row: dict[str, Any]) -> str:

@@ -71,9 +71,10 @@ def _products(
 def _weight_mode(
     x_TI: Tensor, base: BaseLinear, in_rows_NI: Tensor, out_rows_NO: Tensor, batch: RunBatch
 ) -> tuple[Tensor, Tensor]:
-    a_AKO = out_rows_NO[batch.out_page_AK]
-    b_AKI = in_rows_NI[batch.in_page_AK]
-    return batch.token_AL, weight_product(x_TI[batch.token_AL], base, a_AKO, b_AKI, batch.shift_A)
+    x_ALI = _gathered(x_TI, batch.token_AL)
+    a_AKO = _gathered(out_rows_NO, batch.out_page_AK)
+    b_AKI = _gathered(in_rows_NI, batch.in_page_AK)
+    return batch.token_AL, weight_product(x_ALI, base, a_AKO, b_AKI, batch.shift_A)
 
 
 def _gathered_add_rows(
@@ -88,11 +89,16 @@ def _gathered_add_rows(
 def _thin_products(
     x_TI: Tensor, in_rows_NI: Tensor, out_rows_NO: Tensor, batch: RunBatch
 ) -> Tensor:
-    p_AKI = in_rows_NI[batch.in_page_AK]
-    q_AKO = out_rows_NO[batch.out_page_AK]
-    x_ALI = x_TI[batch.token_AL].to(p_AKI.dtype)
+    p_AKI = _gathered(in_rows_NI, batch.in_page_AK)
+    q_AKO = _gathered(out_rows_NO, batch.out_page_AK)
+    x_ALI = _gathered(x_TI, batch.token_AL).to(p_AKI.dtype)
     dot_ALK = torch.bmm(x_ALI, p_AKI.transpose(1, 2)) * batch.gate_A.to(p_AKI.dtype)[:, None, None]
     return torch.bmm(dot_ALK, q_AKO)
+
+
+def _gathered(rows: Tensor, index: Tensor) -> Tensor:
+    """`rows[index]`, whose backward adds rows instead of scattering elements."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, -1)
 
 
 def _bias(base: BaseLinear, out_rows_NO: Tensor, index: ModuleIndex) -> Tensor | None:
