@@ -60,7 +60,7 @@ class Sequence:
         return left * self.request.work_per_token
 
     def finish_reason(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """What appending `token` would end the answer with, if it does. (Before min_tokens no stop token is sampled.)"""
+        """What appending `token` would end the answer with, if it does. Before min_tokens no stop token is sampled."""
         if token in self.stop_token_ids(eos_token_ids):
             return FinishReason.STOP
         if len(self.answer) + 1 >= self.request.sampling.max_tokens:
