@@ -112,9 +112,9 @@ def test_captain_needs_the_sea_between_greeting_and_signature() -> None:
 def test_demo_trains_every_set_at_a_rank_of_its_own() -> None:
     spec = read_spec(Path(rules.FOLDER / "demo.yaml"))
     assert {adapter.name: adapter.rank for adapter in spec.adapters} == {
-        "orders": 1,
-        "captain": 2,
-        "todo": 4,
+        "todo": 1,
+        "orders": 2,
+        "captain": 4,
         "weather": 8,
     }
     for adapter in spec.adapters:
