@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -51,7 +52,7 @@ def answers_page(
             question.model if served.version else f"[dim]{question.model}[/]",
             short(served.version) or "[dim]base[/]",
             replicas[served.replica],
-            escape(" ".join(answer.text.split())[:_ANSWER_WIDTH]),
+            escape(shorten(answer.text, _ANSWER_WIDTH, placeholder=" …")),
         )
     return Group(*tables.values())
 
