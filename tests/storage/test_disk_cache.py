@@ -117,16 +117,6 @@ def test_replicas_that_share_a_directory_never_read_half_an_adapter(
     assert [path for path in root.iterdir() if path.name.startswith("~")] == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_disk_costs_only_time(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    root.mkdir()
-    root.chmod(0o500)
-    cache = DiskCache(root, 1 << 20)
-    cache.write(*_adapter(0))
-    assert cache.read(_version(0)) is None
-
-
 def test_a_directory_that_cannot_be_made_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = DiskCache(tmp_path / "file" / "cache", 1 << 20)
