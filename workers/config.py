@@ -33,6 +33,22 @@ class EngineSettings(BaseModel):
     max_step_tokens: int = Field(
         default=512, ge=1, description="Tokens of one forward; longer prompts are cut into chunks."
     )
+    max_step_work: int = Field(
+        default=8192,
+        ge=1,
+        description="Rank-weighted tokens, 1 + rank each, after which a step takes no more of prompts.",
+    )
+    kv_block_tokens: int = Field(default=16, ge=1, le=1024, description="Tokens of one KV block.")
+    kv_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens whose keys and values are kept, for all sequences and the prefix cache together; "
+        "0: max_sequences times max_sequence_tokens.",
+    )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep keys and values of finished requests for later ones of the same tenant and adapter.",
+    )
     bank_rows: int = Field(
         default=256,
         ge=1,
@@ -48,3 +64,10 @@ class EngineSettings(BaseModel):
     step_timeout_s: float = Field(
         default=300.0, gt=0, description="A step that takes longer makes the replica unhealthy."
     )
+
+    @property
+    def kv_blocks(self) -> int:
+        """KV blocks in all; by default enough for every sequence at its longest."""
+        if self.kv_tokens:
+            return max(1, self.kv_tokens // self.kv_block_tokens)
+        return self.max_sequences * -(-self.max_sequence_tokens // self.kv_block_tokens)

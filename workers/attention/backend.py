@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from workers.models.runner import SequenceSpan
+from workers.models.runner import KvCopy, SequenceSpan
 
 
 class AttentionBackend(Protocol):
@@ -22,8 +22,18 @@ class AttentionBackend(Protocol):
     num_slots: int
     max_tokens_per_slot: int
 
-    def begin_step(self, spans: Sequence[SequenceSpan]) -> None:
-        """Called once before a forward; prepares what all layers share. The spans stay in force until the next call."""
+    def begin_step(
+        self,
+        spans: Sequence[SequenceSpan],
+        saves: Sequence[KvCopy] = (),
+        restores: Sequence[KvCopy] = (),
+    ) -> None:
+        """Called once before a forward; prepares what all layers share. The spans stay in force until the next call.
+
+        Args:
+            saves, restores: `StepInput.kv_saves` and `kv_restores`, carried out in this order before all else;
+                nothing to do for a back end whose blocks are pages.
+        """
 
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float

@@ -14,7 +14,6 @@ head, M tokens a slot can hold, L tokens attended over, N new tokens of a span, 
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from workers.models.runner import SequenceSpan
+from workers.attention.block_store import BlockStore
+from workers.attention.lazy_memory import lazy_zeros
+from workers.models.runner import KvCopy, SequenceSpan
 
 # Slots without a decoding sequence that are computed along (and thrown away) rather than splitting a batch in two.
 MAX_GAP = 2
@@ -55,7 +56,10 @@ class _PrefillSpan:
 class SlabAttention:
     """An `AttentionBackend` with the keys and values of layer i in two tensors [slots, K, M, D].
 
-    Memory is reserved for all slots, but on CPU the machine only spends it on pages that were written.
+    Memory is reserved for all slots and blocks, but on CPU the machine only spends it on pages that were written.
+
+    Args:
+        num_blocks, block_tokens: of the store that saved blocks are kept in; without any, nothing can be saved.
     """
 
     def __init__(
@@ -68,21 +72,41 @@ class SlabAttention:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_blocks: int = 0,
+        block_tokens: int = 1,
     ) -> None:
         self.num_slots = num_slots
         self.max_tokens_per_slot = max_tokens_per_slot
         self._dtype = dtype
         self._device = device
-        shape = (num_slots, num_kv_heads, max_tokens_per_slot, head_dim)
-        self._keys_SKMD = [_lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
-        self._values_SKMD = [_lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        whole_blocks = -(-max_tokens_per_slot // block_tokens) * block_tokens
+        shape = (num_slots, num_kv_heads, whole_blocks, head_dim)
+        self._keys_SKMD = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._values_SKMD = [lazy_zeros(shape, dtype, device) for _ in range(num_layers)]
+        slabs = [*self._keys_SKMD, *self._values_SKMD]
+        self._store = BlockStore(slabs, num_blocks, block_tokens)
+        self._block_tokens = block_tokens
         self._written = [0] * num_slots  # tokens of each slot that may be other than zero
+        self._held = [0] * num_slots  # tokens of each slot that its last sequence stored there
         self._decode: list[_DecodeRun] = []
         self._prefill: list[_PrefillSpan] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int64)
 
-    def begin_step(self, spans: Sequence[SequenceSpan]) -> None:
+    def begin_step(
+        self,
+        spans: Sequence[SequenceSpan],
+        saves: Sequence[KvCopy] = (),
+        restores: Sequence[KvCopy] = (),
+    ) -> None:
         """Raises ValueError for a span that does not fit its slot, or two spans in one slot."""
+        self._store.save(saves)
+        self._store.restore(restores)
+        restored = {copy.kv_slot: 0 for copy in restores}
+        for copy in restores:
+            restored[copy.kv_slot] = max(restored[copy.kv_slot], copy.start + self._block_tokens)
+        for slot, num_tokens in restored.items():
+            self._held[slot] = num_tokens
+            self._written[slot] = max(self._written[slot], num_tokens)
         self._check(spans)
         for span in spans:
             self._clear_behind(span)
@@ -144,15 +168,15 @@ class SlabAttention:
         for span in spans:
             if span.num_new < 1 or span.num_total > self.max_tokens_per_slot:
                 raise ValueError(f"{span} does not fit a slot of {self.max_tokens_per_slot} tokens")
-            if span.num_cached > self._written[span.kv_slot]:
-                raise ValueError(f"{span} starts behind what was ever written to its slot")
+            if span.num_cached not in (0, self._held[span.kv_slot]):
+                raise ValueError(f"{span} does not start where its slot's tokens end")
 
     def _clear_behind(self, span: SequenceSpan) -> None:
         stale = slice(span.num_cached, self._written[span.kv_slot])
         if stale.start < stale.stop:
             for slab_SKMD in (*self._keys_SKMD, *self._values_SKMD):
                 slab_SKMD[span.kv_slot, :, stale] = 0
-        self._written[span.kv_slot] = span.num_total
+        self._written[span.kv_slot] = self._held[span.kv_slot] = span.num_total
 
     def _index_tokens(self, spans: Sequence[SequenceSpan], num_tokens: int) -> None:
         count = torch.tensor([span.num_new for span in spans], dtype=torch.int64)
@@ -217,11 +241,3 @@ def _runs(decode: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]
         else:
             runs.append([entry])
     return runs
-
-
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # Fresh anonymous pages read as zero and cost nothing until written; torch.zeros would write them all.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)

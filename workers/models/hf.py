@@ -47,6 +47,8 @@ class HfRunner:
             head_dim=head_dim,
             dtype=model.dtype,
             device=model.device,
+            num_blocks=settings.kv_blocks if settings.prefix_cache else 0,
+            block_tokens=settings.kv_block_tokens,
         )
         self._shape = ModelShape(
             vocab_size=config.vocab_size,
@@ -86,7 +88,7 @@ class HfRunner:
         self._layers.bind(bank)
 
     def forward(self, step: StepInput) -> Tensor:
-        self._attention.begin_step(step.spans)
+        self._attention.begin_step(step.spans, step.kv_saves, step.kv_restores)
         self._layers.begin_step(step.plan)
         with torch.inference_mode():
             output = self._model(

@@ -23,6 +23,7 @@ class SequenceSpan:
     kv_slot: int
     num_cached: int  # tokens already in the KV cache: the position of the first new one
     num_new: int
+    blocks: tuple[int, ...] = ()  # its KV blocks in order, enough for num_total tokens
 
     @property
     def num_total(self) -> int:
@@ -30,14 +31,29 @@ class SequenceSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class KvCopy:
+    """One full block of a sequence's keys and values, which stand at tokens [start, start + block) of its KV slot."""
+
+    block: int
+    kv_slot: int
+    start: int  # a multiple of the block's tokens
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
-    """One step of a decoder: spans in stream order, their tokens and positions, and who each token belongs to."""
+    """One step of a decoder: spans in stream order, their tokens and positions, and who each token belongs to.
+
+    Before the forward, first all of `kv_saves` (slot → block; what earlier steps wrote, also of a sequence that is gone
+    since), then all of `kv_restores` (block → slot). Where a block is the page itself there is nothing to copy.
+    """
 
     token_ids_T: Tensor  # int64
     positions_T: Tensor  # int64
     spans: tuple[SequenceSpan, ...]
     plan: StepPlan
     logits_of_L: Tensor  # int64: indices into T
+    kv_saves: tuple[KvCopy, ...] = ()
+    kv_restores: tuple[KvCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.attention.slabs import SlabAttention
-from workers.models.runner import SequenceSpan
+from workers.models.runner import KvCopy, SequenceSpan
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_TOKENS, NUM_SLOTS = 4, 2, 8, 24, 9
+NUM_BLOCKS, BLOCK_TOKENS = 7, 5  # no divisor of MAX_TOKENS
 
 
 def slab_attention(dtype: torch.dtype = torch.float64) -> SlabAttention:
@@ -29,6 +30,8 @@ def slab_attention(dtype: torch.dtype = torch.float64) -> SlabAttention:
         head_dim=HEAD_DIM,
         dtype=dtype,
         device=torch.device("cpu"),
+        num_blocks=NUM_BLOCKS,
+        block_tokens=BLOCK_TOKENS,
     )
 
 
@@ -61,9 +64,14 @@ class Conversation:
         return torch.stack(rows)
 
 
-def step(attention: SlabAttention, parts: list[tuple[Conversation, int]]) -> Tensor:
+def step(
+    attention: SlabAttention,
+    parts: list[tuple[Conversation, int]],
+    saves: tuple[KvCopy, ...] = (),
+    restores: tuple[KvCopy, ...] = (),
+) -> Tensor:
     spans = [SequenceSpan(one.slot, one.cached, count) for one, count in parts]
-    attention.begin_step(spans)
+    attention.begin_step(spans, saves, restores)
 
     def stream(name: str) -> Tensor:
         return torch.cat(
@@ -139,13 +147,44 @@ def test_idle_slots_between_decoding_ones_are_not_copied_nor_seen() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_a_saved_block_serves_another_slot_after_its_own_was_given_away() -> None:
+    generator = torch.Generator().manual_seed(0)
+    attention = slab_attention()
+    first = Conversation(0, MAX_TOKENS, generator)
+    step(attention, [(first, 12)])
+    heir = Conversation(0, MAX_TOKENS, generator)
+    # Block 6 is saved and restored within one step, while another sequence writes over where it stood.
+    saves = (KvCopy(6, 0, 5), KvCopy(2, 0, 0))
+    again = Conversation(4, MAX_TOKENS, generator)
+    again.query_LHD, again.key_LKD, again.value_LKD = (
+        first.query_LHD,
+        first.key_LKD,
+        first.value_LKD,
+    )
+    again.cached = 10
+    got = step(attention, [(heir, 12), (again, 1)], saves, (KvCopy(2, 4, 0), KvCopy(6, 4, 5)))
+    torch.testing.assert_close(got[:12], heir.expected(0, 12), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got[12:], first.expected(10, 11), rtol=0, atol=1e-12)
+    got = step(attention, [(again, 3), (heir, 1)])
+    torch.testing.assert_close(got[:3], first.expected(11, 14), rtol=0, atol=1e-12)
+
+
+def test_a_restored_prefix_is_needed_before_a_sequence_may_start_behind_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    attention = slab_attention()
+    left_behind = Conversation(0, MAX_TOKENS, generator)
+    step(attention, [(left_behind, 12)])
+    with pytest.raises(ValueError, match="does not start where its slot's tokens end"):
+        attention.begin_step([SequenceSpan(0, 10, 1)])
+
+
 @pytest.mark.parametrize(
     ("spans", "message"),
     [
         ([SequenceSpan(0, 0, 2), SequenceSpan(0, 0, 1)], "share a KV slot"),
         ([SequenceSpan(0, 0, MAX_TOKENS + 1)], "does not fit"),
         ([SequenceSpan(0, 0, 0)], "does not fit"),
-        ([SequenceSpan(0, 3, 1)], "behind what was ever written"),
+        ([SequenceSpan(0, 3, 1)], "does not start where its slot's tokens end"),
     ],
 )
 def test_spans_that_make_no_sense_are_refused(spans: list[SequenceSpan], message: str) -> None:
