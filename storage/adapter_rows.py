@@ -19,7 +19,10 @@ class ModuleRows:
     """One adapter's effect on one logical projection.
 
     A side of a mul row that is all ones (IA3) is not stored: `mul_a_RO` or `mul_b_RI` is None then.
-    `bias' = bias_scale ∘ bias + bias_shift`; either is None where it changes nothing.
+    bias' is `bias_O` where there is one, else `bias_scale ∘ bias + bias_shift`; None where it changes nothing.
+
+    DoRA's c depends on the base, so its rows are given by `magnitude_O` until a bank measures W0:
+    c = m / ‖W0 + g Σ q pᵀ‖, norms of rows, and the add rows are scaled by c too.
     """
 
     mul_a_RO: Tensor | None = None  # output side
@@ -29,8 +32,10 @@ class ModuleRows:
     add_gate: float = 1.0  # alpha/r or alpha/√r
     offset: int = 1  # 0 or 1: how many times the base product itself enters
     scale_O: Tensor | None = None  # c
+    magnitude_O: Tensor | None = None  # m
     bias_scale_O: Tensor | None = None
     bias_shift_O: Tensor | None = None
+    bias_O: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.offset not in (0, 1):
@@ -40,6 +45,12 @@ class ModuleRows:
         for left, right in ((self.mul_a_RO, self.mul_b_RI), (self.add_q_EO, self.add_p_EI)):
             if left is not None and right is not None and left.shape[0] != right.shape[0]:
                 raise ValueError(f"{left.shape[0]} output rows against {right.shape[0]} input rows")
+        if self.bias_O is not None and not (self.bias_scale_O is self.bias_shift_O is None):
+            raise ValueError("a bias that replaces the base's is neither scaled nor shifted")
+        if self.magnitude_O is not None and (
+            self.num_mul or not self.offset or self.scale_O is not None
+        ):
+            raise ValueError("a magnitude goes with add rows only")
 
     @property
     def num_mul(self) -> int:
@@ -58,10 +69,19 @@ class ModuleRows:
             "add_q_EO": self.add_q_EO,
             "add_p_EI": self.add_p_EI,
             "scale_O": self.scale_O,
+            "magnitude_O": self.magnitude_O,
             "bias_scale_O": self.bias_scale_O,
             "bias_shift_O": self.bias_shift_O,
+            "bias_O": self.bias_O,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    @property
+    def needs_its_base(self) -> bool:
+        """The rows multiply or measure W0: on another base of the same shapes they would mean something else."""
+        return self.magnitude_O is not None or (
+            self.mul_a_RO is not None and self.mul_b_RI is not None
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -82,6 +102,10 @@ class AdapterRows:
 
     modules: Mapping[str, ModuleRows] = field(default_factory=dict)
     base_digest: str | None = None
+
+    @property
+    def needs_its_base(self) -> bool:
+        return any(rows.needs_its_base for rows in self.modules.values())
 
     @property
     def max_rank(self) -> int:

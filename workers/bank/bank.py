@@ -10,18 +10,19 @@ Shape legend: N bank pages, I input features, O output features, R rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from storage.adapter_rows import AdapterRows
+from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import AdapterRefusedError, CapacityError
 from storage.identity import AdapterVersion
 from workers.bank.groups import GroupRoom, GroupTable, ModuleGroup
 from workers.bank.layout import ModuleLayout, SlotPages
+from workers.bank.magnitude import with_scale
 from workers.bank.module_bank import ModuleBank
 from workers.bank.pages import NUM_RESERVED, PageAllocator
 from workers.row_form.step_plan import NotResidentError
@@ -75,6 +76,8 @@ class AdapterBank:
         num_slots: adapters it can hold.
         dtype: of the rows; the model's own type in serving, float32 in training.
         biases: base biases by projection, needed where an adapter changes a bias.
+        base_weight: base weight_OI of a projection, needed where an adapter measures it (DoRA); without it such
+            adapters are refused.
     """
 
     def __init__(
@@ -86,11 +89,13 @@ class AdapterBank:
         dtype: torch.dtype,
         device: torch.device,
         biases: Mapping[str, Tensor] = MappingProxyType({}),
+        base_weight: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = device
         self.counters = BankCounters()
+        self._base_weight = base_weight
         pages = num_rows + NUM_RESERVED
         self.modules = {
             path: ModuleBank.empty(pages, shape, biases.get(path), dtype, device)
@@ -182,7 +187,8 @@ class AdapterBank:
         Returns its slot; at once when it is resident. Callers see to it that one version is loaded by one thread.
 
         Raises:
-            AdapterRefusedError: a projection the model does not have, a wrong shape, or a value that is not finite.
+            AdapterRefusedError: a projection the model does not have, a wrong shape, a value that is not finite, or a
+                magnitude that cannot be measured.
             CapacityError: more rows than the whole bank holds.
             BankBusyError: no room beside adapters in use, pinned or being loaded.
         """
@@ -190,6 +196,10 @@ class AdapterBank:
             if path not in self.modules:
                 raise AdapterRefusedError(f"the model has no projection {path!r}", param=path)
             self.modules[path].check(path, module_rows)
+            if module_rows.magnitude_O is not None and self._base_weight is None:
+                raise AdapterRefusedError(
+                    f"{path} has a magnitude (DoRA), which only serving supports", param=path
+                )
         layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
         with self._lock:
             books = self._books
@@ -208,7 +218,7 @@ class AdapterBank:
             }
         try:
             for path, module_rows in rows.modules.items():
-                self.modules[path].write(module_rows, places[path])
+                self.modules[path].write(self._measured(path, module_rows), places[path])
         except BaseException:
             with self._lock:
                 self._leave(resident)
@@ -220,6 +230,14 @@ class AdapterBank:
             self.counters.loads += 1
             self._snapshot = self._take_snapshot()
         return resident.slot
+
+    def _measured(self, path: str, rows: ModuleRows) -> ModuleRows:
+        """The rows as the device knows them: with no magnitude."""
+        if rows.magnitude_O is None or self._base_weight is None:
+            return rows
+        measured = with_scale(path, rows, self._base_weight(path))
+        self.modules[path].check(path, measured)
+        return measured
 
     def evict(self, version: AdapterVersion) -> None:
         """Free an idle adapter's rows. Raises BankBusyError while it is in use; no error when it is not here."""

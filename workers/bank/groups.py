@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.bank.layout import ModuleLayout, SlotPages
-from workers.bank.pages import NULL_PAGE, ONES_PAGE, PageAllocator
+from workers.bank.pages import NULL_PAGE, PageAllocator
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class GroupTable:
     add: PageLists
     offset_S: Tensor  # int64, 0 or 1
     add_gate_S: Tensor  # float32
-    scale_page_S: Tensor  # int64, an output-side page
-    bias_page_S: Tensor  # int64, an output-side page
+    scale_page_S: Tensor  # int64, an output-side page, of c − 1
+    bias_page_S: Tensor  # int64, an output-side page, of bias' − bias
     pages: Mapping[int, SlotPages]  # the same on the host
 
 
@@ -105,7 +105,7 @@ class ModuleGroup:
         """A snapshot with the slots whose rows are written."""
         pages = {slot: taken for slot, taken in self.slots.items() if slot in ready}
         offset, gate = [1] * num_slots, [1.0] * num_slots
-        scale, bias = [ONES_PAGE] * num_slots, [NULL_PAGE] * num_slots
+        scale, bias = [NULL_PAGE] * num_slots, [NULL_PAGE] * num_slots
         for slot, taken in pages.items():
             offset[slot], gate[slot] = taken.layout.offset, taken.layout.add_gate
             scale[slot], bias[slot] = taken.scale, taken.bias

@@ -35,8 +35,8 @@ class ModuleLayout:
             has_b=rows.mul_b_RI is not None or not rows.num_mul,
             offset=rows.offset,
             add_gate=rows.add_gate,
-            has_scale=rows.scale_O is not None,
-            has_bias=rows.bias_scale_O is not None or rows.bias_shift_O is not None,
+            has_scale=rows.scale_O is not None or rows.magnitude_O is not None,
+            has_bias=not (rows.bias_scale_O is rows.bias_shift_O is rows.bias_O is None),
         )
 
     @property
@@ -52,15 +52,19 @@ class ModuleLayout:
 
 @dataclass(frozen=True, slots=True)
 class SlotPages:
-    """Where one adapter's rows lie in every module of a group."""
+    """Where one adapter's rows lie in every module of a group.
+
+    The pages `scale` and `bias` hold c − 1 and bias' − bias, so that 16 bits hold what the adapter itself adds: the
+    type's step near 1 is coarser than what a young adapter does to c. NULL_PAGE where it changes nothing.
+    """
 
     layout: ModuleLayout
     mul_in: tuple[int, ...]
     mul_out: tuple[int, ...]
     add_in: tuple[int, ...]
     add_out: tuple[int, ...]
-    scale: int  # ONES_PAGE where the adapter does not scale
-    bias: int  # NULL_PAGE where the base bias stays
+    scale: int
+    bias: int
 
     @classmethod
     def allocate(cls, layout: ModuleLayout, ins: PageAllocator, outs: PageAllocator) -> SlotPages:
@@ -71,7 +75,7 @@ class SlotPages:
             mul_out=outs.allocate(mul) if layout.has_a else (ONES_PAGE,) * mul,
             add_in=ins.allocate(add),
             add_out=outs.allocate(add),
-            scale=outs.allocate(1)[0] if layout.has_scale else ONES_PAGE,
+            scale=outs.allocate(1)[0] if layout.has_scale else NULL_PAGE,
             bias=outs.allocate(1)[0] if layout.has_bias else NULL_PAGE,
         )
 

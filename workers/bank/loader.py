@@ -275,10 +275,7 @@ def _check_base(rows: AdapterRows, base_digest: str) -> None:
     """Adapters that multiply or measure W0 only mean something on the base they were made for."""
     if rows.base_digest is None or rows.base_digest == base_digest:
         return
-    if any(
-        (one.mul_a_RO is not None and one.mul_b_RI is not None) or one.scale_O is not None
-        for one in rows.modules.values()
-    ):
+    if rows.needs_its_base:
         raise BaseMismatchError(
             f"the adapter was made for the base model {rows.base_digest[:12]}…, this one is {base_digest[:12]}…",
             param="model",

@@ -55,15 +55,15 @@ class ModuleBank:
             raise AdapterRefusedError(f"{path} has a value that is not finite", param=path)
 
     def write(self, rows: ModuleRows, pages: SlotPages) -> None:
-        """Copy one adapter's rows into its own pages."""
-        scale_1O = None if rows.scale_O is None else rows.scale_O[None]
+        """Copy one adapter's rows into its own pages. Its magnitude must have become a scale before."""
+        scale_1O = None if rows.scale_O is None else rows.scale_O[None].double() - 1
         places = (
             (self.in_rows_NI, pages.mul_in, rows.mul_b_RI),
             (self.out_rows_NO, pages.mul_out, rows.mul_a_RO),
             (self.in_rows_NI, pages.add_in, rows.add_p_EI),
             (self.out_rows_NO, pages.add_out, rows.add_q_EO),
             (self.out_rows_NO, (pages.scale,), scale_1O),
-            (self.out_rows_NO, (pages.bias,), self._own_bias(rows)),
+            (self.out_rows_NO, (pages.bias,), self._bias_change(rows)),
         )
         with torch.no_grad():
             for bank_rows, where, values in places:
@@ -71,14 +71,17 @@ class ModuleBank:
                     page = torch.tensor(where, device=bank_rows.device)
                     bank_rows[page] = values.to(bank_rows.device, bank_rows.dtype)
 
-    def _own_bias(self, rows: ModuleRows) -> Tensor | None:
-        """bias'_1O = bias_scale ∘ bias + bias_shift, or None where the base bias stays."""
-        if rows.bias_scale_O is None and rows.bias_shift_O is None:
+    def _bias_change(self, rows: ModuleRows) -> Tensor | None:
+        """bias'_1O − bias_1O, or None where the base bias stays."""
+        if rows.bias_O is rows.bias_scale_O is rows.bias_shift_O is None:
             return None
         bias_O = torch.zeros(self.out_rows_NO.shape[1]) if self.bias_O is None else self.bias_O
         bias_O = bias_O.cpu().double()
+        if rows.bias_O is not None:
+            return (rows.bias_O.cpu() - bias_O)[None]
+        change_O = torch.zeros_like(bias_O)
         if rows.bias_scale_O is not None:
-            bias_O = bias_O * rows.bias_scale_O.cpu()
+            change_O += bias_O * (rows.bias_scale_O.cpu().double() - 1)
         if rows.bias_shift_O is not None:
-            bias_O = bias_O + rows.bias_shift_O.cpu()
-        return bias_O[None]
+            change_O += rows.bias_shift_O.cpu()
+        return change_O[None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-NULL_PAGE = 0  # a row of zeros
+NULL_PAGE = 0  # a row of zeros: a scale or a bias that stays
 ONES_PAGE = 1  # a row of ones: the side of a row that changes nothing (IA3)
 NUM_RESERVED = 2
 

@@ -33,6 +33,7 @@ def build_engine(
         dtype=runner.dtype,
         device=runner.device,
         biases=runner.biases,
+        base_weight=runner.base_weight,
     )
     runner.bind(bank)
     loader = AdapterLoader(

@@ -83,6 +83,10 @@ class HfRunner:
         """Base biases by projection, where there is one: what a bank needs for adapters that change them."""
         return self._layers.biases
 
+    def base_weight(self, path: str) -> Tensor:
+        """A projection's base weight_OI: what a bank measures for DoRA."""
+        return self._layers.base_weight(path)
+
     def bind(self, bank: AdapterBank) -> None:
         """Take adapters' rows from this bank from the next step on."""
         self._layers.bind(bank)

@@ -97,6 +97,10 @@ class AdapterLayers:
             if layer.base.bias_O is not None
         }
 
+    def base_weight(self, path: str) -> Tensor:
+        """A projection's base weight_OI; may be a view: do not write to it."""
+        return self.layers[path].base.dequantised_slice(slice(None), slice(None))
+
     def bind(self, bank: AdapterBank) -> None:
         """Use this bank from the next step on."""
         self._bank = bank

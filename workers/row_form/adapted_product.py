@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from workers.bank.pages import NULL_PAGE
 from workers.row_form.base_linear import BaseLinear
 from workers.row_form.module_index import ModuleIndex, RowIndex, RunBatch
 from workers.row_form.weight_product import weight_product
@@ -31,7 +30,7 @@ def adapted_product(
         token_AL, delta_ALO = _weight_mode(x_TI, base, in_rows_NI, out_rows_NO, batch)
         y_TO.index_add_(0, token_AL.flatten(), delta_ALO.flatten(0, 1).to(y_TO.dtype))
     if index.scale_page_T is not None:
-        y_TO = y_TO * out_rows_NO.index_select(0, index.scale_page_T)
+        y_TO = torch.addcmul(y_TO, y_TO, out_rows_NO.index_select(0, index.scale_page_T))
     if index.add is not None:
         y_TO.index_add_(
             0, index.add.token_R, _gathered_add_rows(x_TI, in_rows_NI, out_rows_NO, index.add, y_TO)
@@ -39,9 +38,10 @@ def adapted_product(
     for batch in index.add_batches:
         delta_ALO = _thin_products(x_TI, in_rows_NI, out_rows_NO, batch)
         y_TO.index_add_(0, batch.token_AL.flatten(), delta_ALO.flatten(0, 1).to(y_TO.dtype))
-    bias_TO = _bias(base, out_rows_NO, index)
-    if bias_TO is not None:
-        y_TO = y_TO + bias_TO
+    if base.bias_O is not None:
+        y_TO = y_TO + base.bias_O
+    if index.bias_page_T is not None:
+        y_TO = y_TO + out_rows_NO.index_select(0, index.bias_page_T)
     return y_TO
 
 
@@ -99,12 +99,3 @@ def _thin_products(
 def _gathered(rows: Tensor, index: Tensor) -> Tensor:
     """`rows[index]`, whose backward adds rows instead of scattering elements."""
     return rows.index_select(0, index.flatten()).view(*index.shape, -1)
-
-
-def _bias(base: BaseLinear, out_rows_NO: Tensor, index: ModuleIndex) -> Tensor | None:
-    """The base bias, or each token's own."""
-    if index.bias_page_T is None:
-        return base.bias_O
-    own_TO = out_rows_NO.index_select(0, index.bias_page_T)
-    usual = base.bias_O if base.bias_O is not None else own_TO.new_zeros(base.out_features)
-    return torch.where((index.bias_page_T == NULL_PAGE)[:, None], usual, own_TO)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from workers.bank.groups import GroupTable, PageLists
+from workers.bank.pages import NULL_PAGE
 from workers.row_form.cost import CostModel
 from workers.row_form.step_plan import Parts, SlotRun, StepPlan, expand_runs
 
@@ -49,8 +50,8 @@ class ModuleIndex:
     add: RowIndex | None
     mul_batches: tuple[RunBatch, ...]
     add_batches: tuple[RunBatch, ...]
-    scale_page_T: Tensor | None
-    bias_page_T: Tensor | None
+    scale_page_T: Tensor | None  # of c − 1
+    bias_page_T: Tensor | None  # of bias' − bias
 
     @property
     def is_plain(self) -> bool:
@@ -107,10 +108,10 @@ def index_module_group(plan: StepPlan, table: GroupTable, cost: CostModel) -> Mo
             gate=lambda slot: layouts[slot].add_gate,
         ),
         scale_page_T=_page_of_token(
-            plan, table.scale_page_S, any(layout.has_scale for layout in layouts.values()), 1
+            plan, table.scale_page_S, any(layout.has_scale for layout in layouts.values())
         ),
         bias_page_T=_page_of_token(
-            plan, table.bias_page_S, any(layout.has_bias for layout in layouts.values()), 0
+            plan, table.bias_page_S, any(layout.has_bias for layout in layouts.values())
         ),
     )
 
@@ -177,10 +178,10 @@ def _batches(
     return tuple(batches)
 
 
-def _page_of_token(plan: StepPlan, page_S: Tensor, wanted: bool, default: int) -> Tensor | None:
-    """Each token's page of a per-token vector, `default` for base tokens."""
+def _page_of_token(plan: StepPlan, page_S: Tensor, wanted: bool) -> Tensor | None:
+    """Each token's page of a per-token vector, the null page for base tokens."""
     if not wanted:
         return None
-    page_T = torch.full((plan.num_tokens,), default, dtype=torch.int64, device=plan.device)
+    page_T = torch.full((plan.num_tokens,), NULL_PAGE, dtype=torch.int64, device=plan.device)
     page_T[plan.parts.token_P] = page_S[plan.parts.slot_P]
     return page_T

@@ -28,9 +28,14 @@ def reference_product(
     y_TO = x_TI @ (weight_OI * pattern_OI).T
     if rows.scale_O is not None:
         y_TO = y_TO * rows.scale_O.double()
+    delta_OI = torch.zeros_like(weight_OI)
     if rows.add_p_EI is not None and rows.add_q_EO is not None:
         delta_OI = rows.add_gate * rows.add_q_EO.double().T @ rows.add_p_EI.double()
-        y_TO = y_TO + x_TI @ delta_OI.T
+    y_TO = y_TO + x_TI @ delta_OI.T
+    if rows.magnitude_O is not None:
+        y_TO = y_TO * rows.magnitude_O.double() / (weight_OI + delta_OI).norm(dim=1)
+    if rows.bias_O is not None:
+        bias_O = rows.bias_O.double()
     if rows.bias_scale_O is not None:
         bias_O = bias_O * rows.bias_scale_O.double()
     if rows.bias_shift_O is not None:

@@ -34,6 +34,7 @@ class SmallRunner:
             dtype=self.runner.dtype,
             device=DEVICE,
             biases=self.runner.biases,
+            base_weight=self.runner.base_weight,
         )
         self.runner.bind(self.bank)
 

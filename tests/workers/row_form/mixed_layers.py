@@ -30,7 +30,8 @@ FAMILIES = (
     "ia3_in",
     "ia3_out",
     "flora+lora",
-    "bias",
+    "lora+bias",
+    "own_bias",
     "untouched",
 )
 
@@ -56,16 +57,23 @@ def random_rows(
         case "lora":
             return ModuleRows(add_q_EO=q_EO, add_p_EI=p_EI, add_gate=0.5)
         case "dora":
-            return ModuleRows(add_q_EO=q_EO, add_p_EI=p_EI, add_gate=2.0, scale_O=near_one(num_out))
+            # The weights' rows have norms of about 1: a magnitude near 1 is a scale near 1.
+            return ModuleRows(
+                add_q_EO=q_EO, add_p_EI=p_EI, add_gate=2.0, magnitude_O=near_one(num_out)
+            )
         case "ia3_in":
-            return ModuleRows(mul_b_RI=near_one(num_in)[None], offset=0)
+            return ModuleRows(mul_b_RI=size * normal(1, num_in))
         case "ia3_out":
             l_O = near_one(num_out)
-            return ModuleRows(mul_a_RO=l_O[None], offset=0, bias_scale_O=l_O)
+            return ModuleRows(scale_O=l_O, bias_scale_O=l_O)
         case "flora+lora":
             return ModuleRows(mul_a_RO=a_RO, mul_b_RI=b_RI, add_q_EO=q_EO, add_p_EI=p_EI)
-        case "bias":
-            return ModuleRows(bias_shift_O=size * normal(num_out))
+        case "lora+bias":
+            return ModuleRows(
+                add_q_EO=q_EO, add_p_EI=p_EI, add_gate=0.5, bias_shift_O=size * normal(num_out)
+            )
+        case "own_bias":
+            return ModuleRows(bias_O=normal(num_out))
         case _:
             return None
 
@@ -139,6 +147,7 @@ def mixed_layers(
         dtype=dtype,
         device=torch.device("cpu"),
         biases=biases,
+        base_weight=lambda path: layers[path].weight_OI,
     )
     made = {}
     for i, families in enumerate(adapters):
@@ -146,7 +155,7 @@ def mixed_layers(
         for path, (family, rank) in families.items():
             rows = random_rows(family, rank, *shapes[path], size, generator)
             if rows is not None:
-                modules[path] = _rounded(rows, dtype)
+                modules[path] = rows
         version = AdapterVersion(f"{i:064x}")
         made[version] = AdapterRows(modules)
         bank.load(version, made[version])
@@ -155,12 +164,3 @@ def mixed_layers(
     x = {path: normal(num_tokens, num_in).to(dtype) for path, (num_in, _) in shapes.items()}
     named = [(count, None if i is None else versions[i]) for count, i in segments]
     return MixedLayers(layers, bank, made, named, x)
-
-
-def _rounded(rows: ModuleRows, dtype: torch.dtype) -> ModuleRows:
-    """As the bank will hold them, so that only arithmetic is compared."""
-    return ModuleRows(
-        **{name: tensor.to(dtype) for name, tensor in rows.tensors().items()},  # type: ignore[arg-type]
-        offset=rows.offset,
-        add_gate=rows.add_gate,
-    )

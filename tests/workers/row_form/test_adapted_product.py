@@ -18,6 +18,7 @@ from tests.workers.row_form.mixed_layers import (
     MixedLayers,
     mixed_layers,
 )
+from workers.bank.pages import NUM_RESERVED
 from workers.row_form.cost import CostModel
 
 SHAPES = {"first": (24, 40), "second": (40, 24)}
@@ -71,9 +72,15 @@ MIX = [
     {"first": ("lora", 8), "second": ("untouched", 1)},
     {"first": ("flora", 4), "second": ("lora", 2)},
     {"first": ("dora", 3), "second": ("flora+lora", 5)},
+    {"first": ("ia3_in", 1), "second": ("ia3_out", 1)},
+    {"first": ("ia3_out", 1), "second": ("ia3_in", 1)},
+    {"first": ("lora+bias", 2), "second": ("dora", 64)},
+    {"first": ("own_bias", 1), "second": ("lora+bias", 16)},
+    {"first": ("flora", 64), "second": ("own_bias", 1)},
 ]
 SEGMENTS: list[tuple[int, int | None]] = [
-    (1, 0), (5, None), (7, 1), (1, 2), (1, 3), (1, None), (70, 2), (9, 3), (7, 0)
+    (1, 0), (5, None), (7, 1), (1, 2), (1, 3), (1, None), (70, 2), (9, 3), (7, 0),
+    (1, 4), (8, 4), (1, 5), (6, 5), (1, 6), (5, 6), (1, 7), (3, 7), (1, 8), (20, 8),
 ]  # fmt: skip
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -83,7 +90,7 @@ BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 )
 @pytest.mark.parametrize(
     ("dtype", "size"),
-    [(torch.float32, 4e-3), (torch.float32, 1.0), (torch.bfloat16, 1e-1), (torch.bfloat16, 1.0)],
+    [(torch.float32, 4e-3), (torch.float32, 1.0), (torch.bfloat16, 4e-3), (torch.bfloat16, 1.0)],
 )
 @pytest.mark.parametrize("path", SHAPES)
 def test_error_is_small_beside_what_the_adapter_adds(
@@ -102,16 +109,13 @@ def test_error_is_small_beside_what_the_adapter_adds(
 
 def without_contribution(mixed: MixedLayers, path: str, cost: CostModel) -> Tensor:
     """The base output of the same step, through the same products, so that both carry the same rounding of x W0ᵀ."""
-    rows, layer = mixed.bank.modules[path], mixed.layers[path]
-    kept = rows.out_rows_NO.clone()
-    rows.out_rows_NO[2:] = 0
-    for version in mixed.adapters:
-        place = mixed.bank.pages_of(version)[path]
-        rows.out_rows_NO[place.scale] = 1
-        if place.bias and layer.bias_O is not None:
-            rows.out_rows_NO[place.bias] = layer.bias_O
+    rows = mixed.bank.modules[path]
+    kept = rows.in_rows_NI.clone(), rows.out_rows_NO.clone()
+    rows.in_rows_NI[NUM_RESERVED:] = 0
+    rows.out_rows_NO[NUM_RESERVED:] = 0
     y0 = mixed.output(path, cost)
-    rows.out_rows_NO.copy_(kept)
+    rows.in_rows_NI.copy_(kept[0])
+    rows.out_rows_NO.copy_(kept[1])
     return y0
 
 
@@ -138,7 +142,9 @@ def test_dropping_an_adapter_or_swapping_two_is_far_outside_the_bound(
 
 @pytest.mark.parametrize("cost", MODES, ids=["row", "weight", "merged", "mixed"])
 @pytest.mark.parametrize("value", [3e38, -3e38, float("nan"), float("inf")])
-@pytest.mark.parametrize("family", ["flora", "flora0", "lora", "dora", "ia3_in", "bias"])
+@pytest.mark.parametrize(
+    "family", ["flora", "flora0", "lora", "dora", "ia3_in", "ia3_out", "lora+bias", "own_bias"]
+)
 def test_a_broken_neighbour_leaves_the_healthy_ones_bits_alone(
     family: str, value: float, cost: CostModel
 ) -> None:
