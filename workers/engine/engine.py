@@ -18,8 +18,10 @@ from workers.bank.bank import AdapterBank
 from workers.bank.loader import AdapterLoader
 from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
+from workers.engine.prompt_scores import score_prompts
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
-from workers.engine.sampler import sample
+from workers.engine.sampling.row import SampledToken
+from workers.engine.sampling.sampler import sample
 from workers.engine.scheduler import ScheduledSpan, Scheduler
 from workers.engine.sequence import Sequence
 from workers.engine.starvation import StarvationRule
@@ -83,7 +85,10 @@ class Engine:
     def validate(self, request: EngineRequest) -> None:
         """Raises as `validate_request`; callable from any thread."""
         validate_request(
-            request, vocab_size=self.runner.shape.vocab_size, max_tokens=self._max_tokens
+            request,
+            vocab_size=self.runner.shape.vocab_size,
+            max_tokens=self._max_tokens,
+            eos_token_ids=self._eos_token_ids,
         )
 
     def submit(self, request: EngineRequest) -> None:
@@ -209,7 +214,9 @@ class Engine:
         try:
             step = build_step_input(spans, self.bank.resident_slots, self.runner.device)
             rows = [sampling_row(one, self._eos_token_ids) for one in answering]
-            tokens = sample(self.runner.forward(step), rows)
+            logits_LV = self.runner.forward(step)
+            prompt_logprobs = score_prompts(spans, logits_LV[len(answering) :])
+            tokens = sample(logits_LV[: len(answering)], rows)
         except Exception:
             # What the step half wrote is lost with the requests that were in it; those that wait go on.
             _log.exception("an engine step of %d requests failed", len(spans))
@@ -222,28 +229,33 @@ class Engine:
         self._failed_in_a_row = 0
         for span in spans:
             self._scheduler.advance(span)
+        for sequence, scores in prompt_logprobs:
+            sequence.prompt_logprobs += scores
         for sequence, token in zip(answering, tokens, strict=True):
             self._append(sequence, token)
 
-    def _append(self, sequence: Sequence, token: int | None) -> None:
-        if token is None:
+    def _append(self, sequence: Sequence, new: SampledToken | None) -> None:
+        is_bad_prompt = not sequence.has_reported and None in sequence.prompt_logprobs
+        if new is None or is_bad_prompt:
             self._end(sequence, FinishReason.ERROR, _not_finite(sequence))
             return
-        reason = sequence.finish_reason(token, self._eos_token_ids)
+        if not sequence.request.sampling.max_tokens:
+            self._end(sequence, FinishReason.LENGTH)
+            return
+        reason = sequence.finish_reason(new.token, self._eos_token_ids)
         self._tokens_out += 1
-        sequence.answer.append(token)
-        new = () if reason is FinishReason.STOP else (token,)
+        sequence.answer.append(new.token)
         if reason is None:
             self._put(sequence, new)
         else:
-            self._end(sequence, reason, new=new)
+            self._end(sequence, reason, new=None if reason is FinishReason.STOP else new)
 
     def _end(
         self,
         sequence: Sequence,
         reason: FinishReason,
         error: Exception | None = None,
-        new: tuple[int, ...] = (),
+        new: SampledToken | None = None,
     ) -> None:
         self._put(sequence, new, reason, error)
         if self._scheduler.remove(sequence):
@@ -252,7 +264,7 @@ class Engine:
     def _put(
         self,
         sequence: Sequence,
-        new: tuple[int, ...],
+        new: SampledToken | None,
         reason: FinishReason | None = None,
         error: Exception | None = None,
     ) -> None:
@@ -263,11 +275,13 @@ class Engine:
             RequestOutput(
                 request_id=sequence.request.request_id,
                 adapters=sequence.request.adapters,
-                new_token_ids=new,
+                new_token_ids=() if new is None else (new.token,),
                 finish_reason=reason,
                 error=error,
                 adapter_tier=self._tier(sequence) if is_first else None,
                 queue_time_s=admitted_s - sequence.arrived_s if is_first else None,
+                new_logprobs=() if new is None or new.logprobs is None else (new.logprobs,),
+                prompt_logprobs=sequence.scored_prompt() if is_first else None,
             )
         )
 

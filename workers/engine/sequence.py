@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from storage.identity import AdapterVersion
-from workers.engine.request import EngineRequest, FinishReason
+from workers.engine.request import EngineRequest, FinishReason, TokenLogprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +22,8 @@ class Sequence:
     kv_slot: int | None = None  # None: not admitted
     num_computed: int = 0  # tokens in the KV cache
     answer: list[int] = field(default_factory=list)
+    # Of its second token, its third and so on, as far as they are known; None where a logit was not finite.
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     tier: str | None = None  # where its adapter came from
     needed_load: bool = False  # its adapter was not resident when it was first looked for
     has_reported: bool = False  # its first output is out
@@ -51,6 +53,23 @@ class Sequence:
         if start >= len(prompt):
             return self.answer[start - len(prompt) : stop - len(prompt)]
         return [*prompt[start:stop], *self.answer[: max(0, stop - len(prompt))]]
+
+    def scored_prompt(self) -> tuple[TokenLogprobs, ...] | None:
+        """The log-probabilities of the prompt, where they were asked for."""
+        if not self.request.wants_prompt_logprobs:
+            return None
+        return tuple(one for one in self.prompt_logprobs if one is not None)
+
+    def scoring_positions(self, num_new: int) -> range:
+        """Where among its next tokens the logits tell how probable a token of the prompt is.
+
+        The logits at position p are about the token at p + 1. Nothing is scored twice if it is computed again.
+        """
+        if not self.request.wants_prompt_logprobs:
+            return range(0)
+        last = len(self.request.prompt_token_ids) - 1
+        start = max(self.num_computed, len(self.prompt_logprobs))
+        return range(start, min(self.num_computed + num_new, last))
 
     @property
     def work_left(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Ordered
 
 import torch
 
-from workers.engine.sampler import SamplingRow
+from workers.engine.sampling.row import SamplingRow
 from workers.engine.scheduler import ScheduledSpan
 from workers.engine.sequence import Sequence
 from workers.models.runner import SequenceSpan, StepInput
@@ -17,10 +17,14 @@ from workers.row_form.step_plan import Segment, plan_step
 def build_step_input(
     spans: Ordered[ScheduledSpan], resident_slots: Container[int], device: torch.device
 ) -> StepInput:
-    """The spans' tokens in one stream, in order. Raises NotResidentError if an adapter's rows are gone."""
+    """The spans' tokens in one stream, in order. Raises NotResidentError if an adapter's rows are gone.
+
+    Logits are wanted first of the tokens that are answered, then of those that score a prompt, both in spans' order.
+    """
     tokens: list[int] = []
     positions: list[int] = []
-    wanted: list[int] = []
+    answered: list[int] = []
+    scoring: list[int] = []
     segments: list[Segment] = []
     for span in spans:
         one = span.sequence
@@ -28,7 +32,9 @@ def build_step_input(
         positions += range(one.num_computed, one.num_computed + span.num_new)
         segments.append(Segment(span.num_new, _parts(one)))
         if span.wants_logits:
-            wanted.append(len(tokens) - 1)
+            answered.append(len(tokens) - 1)
+        start = len(tokens) - span.num_new - one.num_computed
+        scoring += (start + position for position in one.scoring_positions(span.num_new))
     return StepInput(
         token_ids_T=torch.tensor(tokens, device=device),
         positions_T=torch.tensor(positions, device=device),
@@ -37,7 +43,7 @@ def build_step_input(
             for span in spans
         ),
         plan=plan_step(segments, resident_slots, device),
-        logits_of_L=torch.tensor(wanted, dtype=torch.int64, device=device),
+        logits_of_L=torch.tensor(answered + scoring, dtype=torch.int64, device=device),
     )
 
 
@@ -49,6 +55,8 @@ def sampling_row(sequence: Sequence, eos_token_ids: frozenset[int]) -> SamplingR
         params,
         position=sequence.num_tokens,
         forbidden=sequence.stop_token_ids(eos_token_ids) if is_early else frozenset(),
+        prompt=sequence.request.prompt_token_ids,
+        answer=sequence.answer,
     )
 
 

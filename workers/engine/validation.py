@@ -6,7 +6,9 @@ from storage.errors import ContextLengthError, InvalidRequestError
 from workers.engine.request import EngineRequest
 
 
-def validate_request(request: EngineRequest, *, vocab_size: int, max_tokens: int) -> None:
+def validate_request(
+    request: EngineRequest, *, vocab_size: int, max_tokens: int, eos_token_ids: frozenset[int]
+) -> None:
     """Check what the engine cannot recover from in the middle of a step.
 
     Args:
@@ -14,7 +16,7 @@ def validate_request(request: EngineRequest, *, vocab_size: int, max_tokens: int
 
     Raises:
         ContextLengthError: prompt plus max_tokens can never fit.
-        InvalidRequestError: an empty prompt, or a token the model does not have.
+        InvalidRequestError: an empty prompt, a token the model does not have, or no token that may begin the answer.
     """
     prompt = request.prompt_token_ids
     if not prompt:
@@ -25,16 +27,24 @@ def validate_request(request: EngineRequest, *, vocab_size: int, max_tokens: int
             f"the prompt has token {wrong}; the model's tokens are 0 to {vocab_size - 1}",
             param="prompt",
         )
-    unknown = [token for token in request.sampling.stop_token_ids if not 0 <= token < vocab_size]
-    if unknown:
+    sampling = request.sampling
+    for name, tokens in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+    ):
+        unknown = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise InvalidRequestError(
+                f"{unknown} is no token of the model: they are 0 to {vocab_size - 1}", param=name
+            )
+    if sampling.min_tokens and len(sampling.stop_token_ids | eos_token_ids) >= vocab_size:
         raise InvalidRequestError(
-            f"{unknown[0]} is no token of the model: they are 0 to {vocab_size - 1}",
-            param="stop_token_ids",
+            "stop_token_ids leaves no token for the answer to begin with", param="stop_token_ids"
         )
-    total = len(prompt) + request.sampling.max_tokens
+    total = len(prompt) + sampling.max_tokens
     if total > max_tokens:
         raise ContextLengthError(
-            f"{len(prompt)} prompt tokens and up to {request.sampling.max_tokens} new ones are {total}; "
+            f"{len(prompt)} prompt tokens and up to {sampling.max_tokens} new ones are {total}; "
             f"the context is {max_tokens} tokens",
             param="max_tokens",
         )

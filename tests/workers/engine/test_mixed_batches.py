@@ -21,7 +21,8 @@ from tests.workers.engine.small_engine import (
     version,
 )
 from workers.engine.request import EngineRequest
-from workers.engine.sampler import SamplingRow, sample
+from workers.engine.sampling.row import SampledToken, SamplingRow
+from workers.engine.sampling.sampler import sample
 
 Shapes = dict[str, tuple[int, int]]
 
@@ -121,7 +122,7 @@ def test_a_real_model_answers_the_same_alone_and_mixed(
     """Float32: the same up to the first position where two tokens are closer than the arithmetic can tell."""
     gaps: list[float] = []
 
-    def watched(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    def watched(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
         best = logits_LV.topk(2, dim=1).values
         gaps.extend((best[:, 0] - best[:, 1]).tolist())
         return sample(logits_LV, rows)

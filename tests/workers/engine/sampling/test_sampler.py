@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.engine.request import SamplingParams
-from workers.engine.sampler import USUAL_WIDTH, SamplingRow, sample, uniform
+from workers.engine.sampling.drawing import USUAL_WIDTH, uniform
+from workers.engine.sampling.row import SamplingRow
+from workers.engine.sampling.sampler import sample
 
 VOCABULARY = 50
 
@@ -27,16 +30,17 @@ def random_logits(seed: int, rows: int, vocabulary: int = VOCABULARY) -> Tensor:
     return logits.bfloat16().float()
 
 
-def kept(logits_V: Tensor, top_k: int, top_p: float, temperature: float) -> set[int]:
-    """Top-k and then top-p, written out with a sort; tokens tied with the last kept one are kept."""
-    probability = torch.softmax(logits_V.double() / temperature, 0)
+def kept(logits_V: Tensor, params: SamplingParams) -> set[int]:
+    """Min-p, top-k and then top-p, written out with a sort; tokens tied with the last kept one are kept."""
+    probability = torch.softmax(logits_V.double() / params.temperature, 0)
     order = sorted(range(len(logits_V)), key=lambda token: -float(probability[token]))
-    order = order[: top_k or len(order)]
+    order = [one for one in order if probability[one] >= params.min_p * probability[order[0]]]
+    order = order[: params.top_k or len(order)]
     total = float(probability[order].sum())
     chosen: list[int] = []
     mass = 0.0
     for token in order:
-        if mass >= top_p * total - 1e-9 and chosen:
+        if mass >= params.top_p * total - 1e-9 and chosen:
             break
         chosen.append(token)
         mass += float(probability[token])
@@ -44,25 +48,48 @@ def kept(logits_V: Tensor, top_k: int, top_p: float, temperature: float) -> set[
     return {token for token in range(len(logits_V)) if float(logits_V[token]) >= least}
 
 
-random_params = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.0]),
-    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
-    top_k=st.sampled_from([0, 1, 3, 20, 80]),
-    seed=st.integers(-5, 2**63),
+def tokens(logits: Tensor, rows: Sequence[SamplingRow]) -> list[int | None]:
+    return [None if one is None else one.token for one in sample(logits, rows)]
+
+
+drawing_params = {
+    "temperature": st.sampled_from([0.0, 1e-9, 0.01, 0.7, 1.0, 2.0]),
+    "top_p": st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    "top_k": st.sampled_from([0, 1, 3, 20, 80]),
+    "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    "seed": st.integers(-5, 2**63),
+}
+random_params = st.builds(SamplingParams, **drawing_params)
+token_ids = st.integers(0, VOCABULARY - 1)
+random_rows = st.builds(
+    SamplingRow,
+    params=st.builds(
+        SamplingParams,
+        **drawing_params,
+        presence_penalty=st.sampled_from([0.0, 0.0, -2.0, 0.7]),
+        frequency_penalty=st.sampled_from([0.0, 0.0, -0.3, 2.0]),
+        repetition_penalty=st.sampled_from([1.0, 1.0, 0.01, 1.3, 100.0]),
+        logit_bias=st.dictionaries(
+            token_ids, st.sampled_from([-100.0, 2.5, 100.0]), max_size=3
+        ).map(lambda bias: tuple(bias.items())),
+        logprobs=st.sampled_from([None, None, 0, 1, 5, 20]),
+    ),
+    position=st.integers(0, 500),
+    forbidden=st.frozensets(token_ids, max_size=3),
+    prompt=st.lists(token_ids, max_size=20),
+    answer=st.lists(token_ids, max_size=20),
 )
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(random_params, st.integers(0, 500)), min_size=1, max_size=6))
+@given(st.lists(random_rows, min_size=1, max_size=6))
 def test_a_row_gets_the_same_token_alone_and_in_any_batch(
-    wanted: list[tuple[SamplingParams, int]],
+    rows: list[SamplingRow],
 ) -> None:
-    logits = random_logits(0, len(wanted))
-    rows = [SamplingRow(params, position) for params, position in wanted]
+    logits = random_logits(0, len(rows))
     alone = [sample(logits[i : i + 1].clone(), [one])[0] for i, one in enumerate(rows)]
     assert sample(logits.clone(), rows) == alone
-    back = sample(logits.flip(0).clone(), rows[::-1])
+    back = sample(logits.flip(0), rows[::-1])
     assert back[::-1] == alone
 
 
@@ -72,27 +99,32 @@ def test_only_tokens_that_top_k_and_top_p_keep_are_drawn(
     params: SamplingParams, position: int
 ) -> None:
     logits = random_logits(position % 7, 1)
-    (token,) = sample(logits.clone(), [SamplingRow(params, position)])
+    (token,) = tokens(logits.clone(), [SamplingRow(params, position)])
     if params.is_greedy:
         assert token == int(logits[0].argmax())
     else:
-        assert token in kept(logits[0], params.top_k, params.top_p, params.temperature)
+        assert token in kept(logits[0], params)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.8)]
+    "params",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"min_p": 0.02, "top_k": 6, "top_p": 0.9, "temperature": 1.5},
+    ],
 )
-def test_tokens_come_as_often_as_they_should(temperature: float, top_k: int, top_p: float) -> None:
+def test_tokens_come_as_often_as_they_should(params: dict[str, float]) -> None:
     logits = random_logits(1, 1, vocabulary=12)
     draws = 4000
-    rows = [
-        row(position, temperature=temperature, top_k=top_k, top_p=top_p, seed=9)
-        for position in range(draws)
-    ]
-    drawn = sample(logits.repeat(draws, 1), rows)
-    expected = torch.softmax(logits[0].double() / temperature, 0)
+    rows = [row(position, **params, seed=9) for position in range(draws)]
+    drawn = tokens(logits.repeat(draws, 1), rows)
+    expected = torch.softmax(logits[0].double() / params.get("temperature", 1.0), 0)
     allowed = torch.zeros(12, dtype=torch.float64)
-    allowed[sorted(kept(logits[0], top_k, top_p, temperature))] = 1
+    allowed[sorted(kept(logits[0], rows[0].params))] = 1
     expected = expected * allowed / (expected * allowed).sum()
     for token, share in enumerate(expected.tolist()):
         # Five standard deviations: the seed is fixed, so this holds always or never.
@@ -105,7 +137,7 @@ def test_top_p_that_keeps_more_than_the_usual_width_is_exact() -> None:
     flat = torch.zeros(1, vocabulary)
     flat[0, 0] = 1.0
     rows = [row(position, top_p=0.9, seed=1) for position in range(300)]
-    drawn = sample(flat.repeat(300, 1), rows)
+    drawn = tokens(flat.repeat(300, 1), rows)
     assert max(token for token in drawn if token is not None) > USUAL_WIDTH
 
 
@@ -124,18 +156,18 @@ def test_a_row_that_is_not_finite_is_told_and_spoils_no_other(
 ) -> None:
     logits = random_logits(2, 3)
     rows = [row(temperature=temperature, top_p=0.9, seed=seed) for seed in range(3)]
-    healthy = sample(logits.clone(), rows)
+    healthy = tokens(logits.clone(), rows)
     logits[1, 17] = bad
-    assert sample(logits, rows) == [healthy[0], None, healthy[2]]
+    assert tokens(logits, rows) == [healthy[0], None, healthy[2]]
 
 
 def test_forbidden_tokens_are_never_chosen_but_do_not_make_a_row_bad() -> None:
     logits = random_logits(3, 2)
     best = frozenset(logits[0].topk(3).indices.tolist())
     rows = [row(forbidden=best, temperature=0.0), row(forbidden=best, temperature=2.0)]
-    tokens = sample(logits, rows)
-    assert None not in tokens
-    assert not best & set(tokens)
+    chosen = tokens(logits, rows)
+    assert None not in chosen
+    assert not best & set(chosen)
 
 
 def test_no_rows_are_no_tokens() -> None:
