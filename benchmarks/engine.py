@@ -1,128 +1,295 @@
-"""What a batch of many adapters costs beside the same batch of the base model, in one engine, in one process.
+"""Our engine beside vLLM's CPU build, and what a batch of many adapters costs beside the same batch of the base model.
 
 32 concurrent requests of 64 prompt and 64 answer tokens, greedy; 16 adapters with random rows on every projection, two
-requests each. Sides alternate within every round, so a ratio compares moments of the same machine. No HTTP, no Ray.
+requests each. Sides take turns within every round, in another order each time, with other prompts each time, so a ratio
+compares moments of the same machine. No HTTP, no Ray. vLLM runs only if it is given:
 
-    python -m benchmarks.engine --base ~/.flora/bases/smollm2-135m-instruct
+    python -m benchmarks.engine --base ~/.flora/bases/smollm2-135m-instruct [--vllm-python VENV/bin/python]
+
+vLLM without adapters and vLLM with LoRA are two processes: with LoRA enabled it does not compile its model, which would
+make its base slower. Both sides read the same PEFT directories. A run is void, and writes nothing, if the sides compute
+with different threads or cores, if a side uses a core in the other's turn, or if vLLM's LoRA answers agree with ours
+less than with its own base model's.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import torch
 
-from benchmarks.results_file import Row, write_result
-from storage.adapter_cache import CachedAdapter
-from storage.adapter_rows import AdapterRows, ModuleRows
-from storage.errors import UnknownModelError
-from storage.identity import AdapterSet, AdapterVersion, sha256_hex
+from benchmarks.levers import CPU_LEVERS
+from benchmarks.own_engine import Answered, OwnEngine, first_token_agreement
+from benchmarks.results_file import (
+    Row,
+    Side,
+    VoidRunError,
+    check_same_cores,
+    own_side,
+    print_rows,
+    use_cores,
+    write_result,
+)
+from benchmarks.vllm_process import VllmProcess
+from benchmarks.workload import Batch, Family, random_adapter
+from storage.adapter_directory import write_directory
+from storage.adapter_rows import AdapterRows
+from storage.base_checkpoint import read_base_facts
+from storage.formats.peft import read_peft
+from storage.formats.writing import write_lora
+from storage.identity import AdapterVersion, sha256_hex
 from workers.config import EngineSettings
-from workers.engine.building import build_engine
-from workers.engine.engine import Engine
-from workers.engine.request import EngineRequest, SamplingParams
 
-NUM_REQUESTS, NUM_ADAPTERS, PROMPT_TOKENS, ANSWER_TOKENS = 32, 16, 64, 64
+CLAIM = "A batch of 16 adapters costs little more than a batch of the base model, and our engine is the fastest on CPU."
 SEED = 0
-
-# side → (family, rank, bar: its tokens per second / the base's; from the design's performance table)
-SIDES: dict[str, tuple[str, int, float | None]] = {
+BASE = "base"
+LORA = "16 LoRA r8"
+# side → (family, rank, bar: its tokens per second / our own base's)
+ADAPTED: dict[str, tuple[Family, int, float]] = {
     "16 FLoRA r1": ("flora", 1, 0.80),
     "16 FLoRA r4": ("flora", 4, 0.50),
-    "16 LoRA r8": ("lora", 8, 0.75),
+    LORA: ("lora", 8, 0.75),
 }
+VLLM_BAR, VLLM_LORA_BAR = 1.0, 3.0
+_WARM_UP_TOKENS = 4
+_MOST_IDLE_CORES = 0.1
+
+T = TypeVar("T")
+
+Run = Callable[[Sequence[Sequence[int]], int], Answered]
 
 
-def random_adapter(
-    family: str, rank: int, projections: dict[str, tuple[int, int]], generator: torch.Generator
-) -> AdapterRows:
-    """Rows large enough to change every answer, small enough to keep the model's numbers in range."""
+@dataclass(frozen=True)
+class Measured:
+    """All that a result says of one run."""
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) * 0.05
-
-    def rows(num_in: int, num_out: int) -> ModuleRows:
-        if family == "flora":
-            return ModuleRows(mul_a_RO=normal(rank, num_out), mul_b_RI=normal(rank, num_in) * 20)
-        return ModuleRows(add_q_EO=normal(rank, num_out), add_p_EI=normal(rank, num_in))
-
-    return AdapterRows({path: rows(*shape) for path, shape in projections.items()})
+    rows: tuple[Row, ...]
+    sides: tuple[Side, ...]
+    versions: dict[str, str]
 
 
-def tokens_per_s(engine: Engine, versions: list[AdapterVersion | None], round_id: str) -> float:
-    """Answer tokens per second of one batch, prefill included, adapters resident."""
-    generator = torch.Generator().manual_seed(SEED)
-    for number, version in enumerate(versions):
-        prompt = torch.randint(3, 40_000, (PROMPT_TOKENS,), generator=generator).tolist()
-        sampling = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True)
-        adapters = AdapterSet.of(version)
-        engine.submit(EngineRequest(f"{round_id}-{number}", tuple(prompt), sampling, adapters))
-    tokens, began = 0, time.perf_counter()
-    while engine.has_requests:
-        for output in engine.step().outputs:
-            if output.error is not None:
-                raise output.error
-            tokens += len(output.new_token_ids)
-    return tokens / (time.perf_counter() - began)
+def measure(
+    base: Path,
+    rounds: int,
+    *,
+    batch: Batch | None = None,
+    num_adapters: int = 16,
+    settings: EngineSettings | None = None,
+    vllm_python: Path | None = None,
+) -> Measured:
+    """Run `rounds` rounds of all sides.
 
+    Args:
+        base: a model directory.
+        settings: of our engine, less the base and the sizes that follow from the batch.
+        vllm_python: the interpreter of an environment with vLLM; None: our own sides only.
 
-def measure(base: str, rounds: int) -> list[Row]:
-    """Ratios to the base of the same round, and the base's own tokens per second for scale."""
-    adapters: dict[AdapterVersion, AdapterRows] = {}
-
-    def source(version: AdapterVersion) -> CachedAdapter:
-        if version not in adapters:
-            raise UnknownModelError(f"no adapter {version}")
-        return CachedAdapter(adapters[version], "host")
-
-    settings = EngineSettings(
-        base=base, max_sequences=NUM_REQUESTS, max_sequence_tokens=256, bank_rows=256
-    )
-    engine = build_engine(settings, source)
-    generator = torch.Generator().manual_seed(SEED)
-    sides: dict[str, list[AdapterVersion | None]] = {"base": [None] * NUM_REQUESTS}
-    for side, (family, rank, _) in SIDES.items():
-        versions = []
-        for number in range(NUM_ADAPTERS):
-            version = AdapterVersion(sha256_hex(f"{side} {number}".encode()))
-            adapters[version] = random_adapter(
-                family, rank, engine.runner.shape.projections, generator
-            )
-            versions.append(version)
-        sides[side] = [versions[i % NUM_ADAPTERS] for i in range(NUM_REQUESTS)]
-
-    for side, requests in sides.items():  # loads the adapters, and warms up
-        tokens_per_s(engine, requests, f"warm-{side}")
-    speed: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds):
-        for side, requests in sides.items():
-            speed[side].append(tokens_per_s(engine, requests, f"{number}-{side}"))
-            print(f"round {number}  {side:<12} {speed[side][-1]:7.1f} tokens/s", flush=True)
-    rows = [
-        Row(
-            f"{side} / our own base",
-            tuple(mine / base for mine, base in zip(speed[side], speed["base"], strict=True)),
-            bar=bar,
+    Raises:
+        VoidRunError: see the module's docstring.
+    """
+    batch = batch or Batch()
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        facts = read_base_facts(base, base.name)
+        adapters, of_side, lora_files = _adapters(facts.projections, num_adapters, directory)
+        sides = [own_side("our engine")]
+        versions: dict[str, str] = {}
+        peers: list[VllmProcess] = []
+        turns: dict[str, Run] = {}
+        if vllm_python is not None:
+            for name, files in ((BASE, {}), (LORA, lora_files)):
+                peer = VllmProcess(
+                    vllm_python,
+                    base,
+                    files,
+                    replace(sides[0], name=f"vLLM, {name}"),
+                    directory / f"vllm-{name}.log",
+                )
+                stack.callback(peer.stop)
+                peers.append(peer)
+                turns[f"vLLM, {name}"] = _peer_turn(peer, _spread(list(files) or [None], batch))
+                side, versions = peer.ready()
+                sides.append(side)
+            check_same_cores(sides)
+        engine = OwnEngine.with_adapters(
+            (settings or EngineSettings()).model_copy(
+                update={
+                    "base": str(base),
+                    "max_sequences": batch.requests,
+                    "max_sequence_tokens": batch.prompt_tokens + batch.answer_tokens,
+                    "bank_rows": sum(num_adapters * rank for _, rank, _ in ADAPTED.values()),
+                    "bank_slots": num_adapters * len(ADAPTED),
+                }
+            ),
+            adapters,
         )
-        for side, (_, _, bar) in SIDES.items()
+        stack.callback(engine.close)
+        for name, used in of_side.items():
+            turns[name] = _own_turn(engine, _spread(used, batch))
+        results = _take_turns(turns, batch, rounds, peers)
+        _check_adapters_are_used(results)
+    return Measured(tuple(_rows(results)), tuple(sides), versions)
+
+
+def _adapters(
+    projections: dict[str, tuple[int, int]], count: int, directory: Path
+) -> tuple[
+    dict[AdapterVersion, AdapterRows],
+    dict[str, list[AdapterVersion | None]],
+    dict[str, Path],
+]:
+    """All rows by version, our sides with the versions each uses, and the LoRA adapters' directories by name."""
+    generator = torch.Generator().manual_seed(SEED)
+    adapters: dict[AdapterVersion, AdapterRows] = {}
+    of_side: dict[str, list[AdapterVersion | None]] = {BASE: [None]}
+    directories: dict[str, Path] = {}
+    for side, (family, rank, _) in ADAPTED.items():
+        of_side[side] = []
+        for number in range(count):
+            rows = random_adapter(family, rank, projections, generator)
+            version = AdapterVersion(sha256_hex(f"{side} {number}".encode()))
+            if side == LORA:
+                files = write_lora(rows, "base")
+                directories[f"lora-{number}"] = directory / f"lora-{number}"
+                write_directory(directories[f"lora-{number}"], files)
+                rows = read_peft(files).rows
+            adapters[version] = rows
+            of_side[side].append(version)
+    return adapters, of_side, directories
+
+
+def _spread(used: Sequence[T], batch: Batch) -> list[T]:
+    """One entry for each request, in turn."""
+    return [used[number % len(used)] for number in range(batch.requests)]
+
+
+def _own_turn(engine: OwnEngine, versions: list[AdapterVersion | None]) -> Run:
+    return lambda prompts, answer_tokens: engine.run(prompts, versions, answer_tokens)
+
+
+def _peer_turn(peer: VllmProcess, names: list[str | None]) -> Run:
+    return lambda prompts, answer_tokens: peer.run(prompts, names, answer_tokens)
+
+
+def _take_turns(
+    turns: dict[str, Run], batch: Batch, rounds: int, peers: Sequence[VllmProcess]
+) -> dict[str, list[Answered]]:
+    names = list(turns)
+    results: dict[str, list[Answered]] = {name: [] for name in names}
+    for name in names:
+        turns[name](batch.prompts(seed=-1), _WARM_UP_TOKENS)
+    us = psutil.Process()
+    for number in range(rounds):
+        prompts = batch.prompts(seed=SEED + number)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            began, ours, theirs = time.perf_counter(), _cpu_seconds(us), _sum_cpu(peers)
+            result = turns[name](prompts, batch.answer_tokens)
+            wall = time.perf_counter() - began
+            ours, theirs = _cpu_seconds(us) - ours, _sum_cpu(peers) - theirs
+            busy, idle = (theirs, ours) if name.startswith("vLLM") else (ours, theirs)
+            results[name].append(result)
+            print(
+                f"round {number}  {name:<18} {result.tokens_per_s:7.1f} tokens/s   "
+                f"{busy / wall:.2f} cores, the others {idle / wall:.2f}",
+                flush=True,
+            )
+            if idle > _MOST_IDLE_CORES * wall:
+                raise VoidRunError(f"in the turn of {name} the others used {idle / wall:.2f} cores")
+    return results
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    return sum(process.cpu_times()[:2])
+
+
+def _sum_cpu(peers: Sequence[VllmProcess]) -> float:
+    return sum(peer.cpu_seconds() for peer in peers)
+
+
+def _rows(results: dict[str, list[Answered]]) -> list[Row]:
+    def ratio(side: str, other: str, bar: float | None, name: str) -> Row:
+        pairs = zip(results[side], results[other], strict=True)
+        return Row(name, tuple(a.tokens_per_s / b.tokens_per_s for a, b in pairs), bar)
+
+    rows = []
+    if f"vLLM, {BASE}" in results:
+        rows += [
+            ratio(BASE, f"vLLM, {BASE}", VLLM_BAR, "our engine, no adapters / vLLM, no adapters"),
+            ratio(LORA, f"vLLM, {LORA}", VLLM_LORA_BAR, "our engine, 16 LoRA r8 / vLLM, the same"),
+        ]
+    rows += [
+        ratio(side, BASE, bar, f"{side} / our own base") for side, (*_, bar) in ADAPTED.items()
     ]
-    return [*rows, Row("base, tokens per second", tuple(speed["base"]))]
+    rows += [
+        Row(f"{side}, tokens per second", tuple(one.tokens_per_s for one in answered))
+        for side, answered in results.items()
+    ]
+    if f"vLLM, {BASE}" in results:
+        rows += [
+            Row(f"first tokens that vLLM answers as we do, {side}", (_agreement(results, side),))
+            for side in (BASE, LORA)
+        ]
+    return rows
+
+
+def _agreement(results: dict[str, list[Answered]], side: str) -> float:
+    return first_token_agreement(results[f"vLLM, {side}"], results[side])
+
+
+def _check_adapters_are_used(results: dict[str, list[Answered]]) -> None:
+    """Raises VoidRunError when an engine seems to answer from the base, or vLLM from other adapters than ours."""
+    for side in ADAPTED:
+        if first_token_agreement(results[side], results[BASE]) == 1.0:
+            raise VoidRunError(f"{side} answers as the base model does")
+    if f"vLLM, {LORA}" in results:
+        theirs = results[f"vLLM, {LORA}"]
+        with_base = first_token_agreement(theirs, results[f"vLLM, {BASE}"])
+        with_ours = first_token_agreement(theirs, results[LORA])
+        if with_ours <= with_base:
+            raise VoidRunError(
+                f"vLLM's LoRA answers begin as its base's in {with_base:.0%}, as ours in {with_ours:.0%}"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--base", type=Path, required=True, help="a model directory")
+    parser.add_argument("--vllm-python", type=Path, help="the interpreter of vLLM's environment")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=Batch().requests)
+    parser.add_argument("--answer-tokens", type=int, default=Batch().answer_tokens)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = measure(str(arguments.base.expanduser()), arguments.rounds)
-    for row in rows:
-        print(f"{row.name:<28} {row.value:8.3f}   bar {row.bar}")
-    claim = "A batch of 16 adapters costs little more than the same batch of the base model."
-    print("wrote", write_result("engine", claim, rows, seed=SEED).name)
+    use_cores(arguments.threads)
+    batch = Batch(requests=arguments.requests, answer_tokens=arguments.answer_tokens)
+    measured = measure(
+        arguments.base.expanduser(),
+        arguments.rounds,
+        batch=batch,
+        vllm_python=arguments.vllm_python,
+    )
+    print_rows(measured.rows)
+    path = write_result(
+        "engine",
+        CLAIM,
+        measured.rows,
+        seed=SEED,
+        workload=batch.as_dict(),
+        sides=measured.sides,
+        versions=measured.versions,
+        levers=CPU_LEVERS,
+    )
+    print("wrote", path.name)
 
 
 if __name__ == "__main__":

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import RESULTS
 
 
-def main() -> None:
+def report(directory: Path = RESULTS) -> list[str]:
+    """The lines to print: the table, the levers of speed, then every row that misses its bar, with its note."""
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(directory.glob("*.json"))
+    }
+    lines = [f"{'benchmark':<15} {'row':<66} {'value':>9} {'bar':>7}  met  95 % interval"]
     missed: list[str] = []
-    print(f"{'benchmark':<12} {'row':<36} {'value':>9} {'bar':>8}  met")
-    for path in sorted(RESULTS.glob("*.json")):
-        for row in json.loads(path.read_text())["rows"]:
-            figures = f"{row['value']:>9.3g} {_bar(row):>8}  {_met(row)}"
-            print(f"{path.stem:<12} {row['name']:<36} {figures}")
+    levers: list[str] = []
+    for name, result in results.items():
+        for row in result["rows"]:
+            lines.append(
+                f"{name:<15} {row['name']:<66} {row['value']:>9.3g} {_bar(row):>7}  {_met(row):<3}  {_interval(row)}"
+            )
             if row["met"] is False:
-                missed.append(f"{path.stem}: {row['name']} is {row['value']:.3g}, bar {_bar(row)}")
-    for line in missed:
-        print(f"missed  {line}")
+                note = f": {row['note']}" if row.get("note") else ""
+                missed.append(
+                    f"missed  {name}: {row['name']} is {row['value']:.3g}, bar {_bar(row)}{note}"
+                )
+        levers += [_lever(name, lever) for lever in result.get("levers", ())]
+    return [*lines, *levers, *missed]
+
+
+def main() -> None:
+    print("\n".join(report()))
 
 
 def _bar(row: dict[str, Any]) -> str:
@@ -29,6 +44,17 @@ def _bar(row: dict[str, Any]) -> str:
 
 def _met(row: dict[str, Any]) -> str:
     return {None: "—", True: "yes", False: "no"}[row["met"]]
+
+
+def _interval(row: dict[str, Any]) -> str:
+    interval = row.get("interval_95")
+    return "" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+
+
+def _lever(name: str, lever: dict[str, Any]) -> str:
+    brought = "not taken" if lever["measured"] is None else f"{lever['measured']:.2f} ×"
+    note = f" ({lever['note']})" if lever["note"] else ""
+    return f"lever   {name}: {lever['name']}: {lever['predicted']:.2f} × predicted, {brought}{note}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Every benchmark runs in small on a tiny model, and refuses a comparison of things that are not the same.
+
+No figure is judged here: what is checked is that the right things were measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import adapters_scale, engine, unpatched
+from benchmarks.own_engine import Answered, OwnEngine
+from benchmarks.results_file import Side, VoidRunError
+from benchmarks.vllm_process import VllmProcess
+from benchmarks.workload import Batch, Zipf
+from storage.base_checkpoint import read_base_facts
+from storage.identity import AdapterVersion
+from workers.config import EngineSettings
+from workers.row_form.adapted_linear import AdaptedLinear
+
+TINY = EngineSettings(dtype="float32", device="cpu", max_step_tokens=64)
+SMALL = Batch(requests=4, prompt_tokens=6, answer_tokens=5, vocabulary=200)
+
+
+def tiny_engine(directory: Path) -> OwnEngine:
+    return OwnEngine.with_adapters(TINY.model_copy(update={"base": str(directory)}), {})
+
+
+def test_the_engine_is_measured_on_every_side_of_the_table(tiny_llama_dir: Path) -> None:
+    measured = engine.measure(tiny_llama_dir, 2, batch=SMALL, num_adapters=2, settings=TINY)
+    rows = {row.name: row for row in measured.rows}
+    for side, (_, _, bar) in engine.ADAPTED.items():
+        assert rows[f"{side} / our own base"].bar == bar
+        assert len(rows[f"{side} / our own base"].rounds) == 2
+    assert rows["base, tokens per second"].value > 0
+    assert [side.name for side in measured.sides] == ["our engine"]
+
+
+def test_answers_from_the_base_model_are_not_counted_as_an_adapters() -> None:
+    base = [Answered(1.0, ((1, 2), (3, 4)))]
+    other = [Answered(1.0, ((5, 2), (6, 4)))]
+    results = dict.fromkeys(engine.ADAPTED, other)
+    engine._check_adapters_are_used({engine.BASE: base, **results})
+    with pytest.raises(VoidRunError, match="answers as the base"):
+        engine._check_adapters_are_used({engine.BASE: base, **results, engine.LORA: base})
+
+
+def test_a_peer_with_other_adapters_than_ours_makes_the_run_void() -> None:
+    base = [Answered(1.0, ((1,), (2,)))]
+    ours = [Answered(1.0, ((3,), (4,)))]
+    sides = {engine.BASE: base, f"vLLM, {engine.BASE}": base, **dict.fromkeys(engine.ADAPTED, ours)}
+    engine._check_adapters_are_used({**sides, f"vLLM, {engine.LORA}": ours})
+    with pytest.raises(VoidRunError, match="vLLM's LoRA"):
+        engine._check_adapters_are_used({**sides, f"vLLM, {engine.LORA}": base})
+
+
+def test_a_peer_that_cannot_bind_its_threads_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="intel-openmp"):
+        VllmProcess(
+            tmp_path / "bin" / "python", tmp_path, {}, Side("vLLM", 1, (0,)), tmp_path / "log"
+        )
+
+
+def test_a_batch_is_answered_whole_whatever_the_concurrency(tiny_llama_dir: Path) -> None:
+    side = tiny_engine(tiny_llama_dir)
+    try:
+        together = side.run(SMALL.prompts(0), [None] * 4, 5)
+        in_turn = side.run(SMALL.prompts(0), [None] * 4, 5, concurrency=1)
+    finally:
+        side.close()
+    assert [len(answer) for answer in together.answers] == [5] * 4
+    assert in_turn.answers == together.answers
+    assert together.tokens_per_s == 20 / together.seconds
+
+
+def test_an_unknown_adapter_ends_a_measurement(tiny_llama_dir: Path) -> None:
+    side = tiny_engine(tiny_llama_dir)
+    try:
+        with pytest.raises(Exception, match="no adapter"):
+            side.run(SMALL.prompts(0)[:1], [AdapterVersion("f" * 64)], 2)
+    finally:
+        side.close()
+
+
+def test_unpatching_leaves_no_adapted_layer_and_the_same_answers(tiny_llama_dir: Path) -> None:
+    side = tiny_engine(tiny_llama_dir)
+    try:
+        before = side.run(SMALL.prompts(0), [None] * 4, 5)
+        assert unpatched.unpatch(side.engine) == len(
+            read_base_facts(tiny_llama_dir, "").projections
+        )
+        modules = side.engine.runner._model.modules()  # type: ignore[attr-defined]
+        assert not any(isinstance(module, AdaptedLinear) for module in modules)
+        assert side.run(SMALL.prompts(0), [None] * 4, 5).answers == before.answers
+    finally:
+        side.close()
+
+
+def test_enabled_adapters_are_compared_with_unpatched_layers(tiny_llama_dir: Path) -> None:
+    [row] = unpatched.measure(tiny_llama_dir, 6, batch=SMALL, num_adapters=2, settings=TINY)
+    assert row.bar == 0.98
+    assert len(row.rounds) == 6
+    assert row.interval_95 is not None
+
+
+def test_registered_adapters_really_come_from_the_registry(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    people = adapters_scale.Population(
+        Zipf(12), resident=4, highest_rank=3, bank_rows=12, bank_slots=6
+    )
+    batch = Batch(requests=10, prompt_tokens=6, answer_tokens=3, vocabulary=200)
+    rows = adapters_scale.measure(
+        tiny_llama_dir, tmp_path, 2, batch=batch, concurrency=3, people=people, settings=TINY
+    )
+    of_name = {row.name: row for row in rows}
+    assert of_name["12 registered FLoRA adapters / 4 resident"].bar == 0.90
+    assert of_name["12 registered LoRA adapters / 4 resident"].bar == 0.90
+    assert sum(of_name["FLoRA: adapters loaded in a round"].rounds) > 0
+    assert of_name["LoRA: requests whose adapter was on the device"].value < 1
+
+
+def test_both_sides_of_a_round_get_the_same_ranks() -> None:
+    resident = [AdapterVersion(f"{index:064x}") for index in range(4)]
+    chosen = adapters_scale._of_ranks([2, 1, 2, 2], [1, 2, 2, 1], resident)
+    assert chosen == [resident[1], resident[0], resident[2], resident[1]]
+
+
+def test_prepared_adapters_are_published_once(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    people = adapters_scale.Population(Zipf(3), highest_rank=2)
+    base = read_base_facts(tiny_llama_dir, "tiny")
+    first = adapters_scale.prepare(base, tmp_path, "flora", people)
+    assert len(set(first.versions)) == 3
+    blobs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert adapters_scale.prepare(base, tmp_path, "flora", people) == first
+    assert blobs == {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
+    }
