@@ -61,6 +61,11 @@ class ModuleRows:
     def num_add(self) -> int:
         return 0 if self.add_q_EO is None else self.add_q_EO.shape[0]
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of both kinds; one where there is only a scale or a bias."""
+        return self.num_mul + self.num_add or int(bool(self.tensors()))
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by field name."""
         named = {
@@ -110,7 +115,7 @@ class AdapterRows:
     @property
     def max_rank(self) -> int:
         """The most rows in any one projection."""
-        return max((rows.num_mul + rows.num_add for rows in self.modules.values()), default=0)
+        return max((rows.num_rows for rows in self.modules.values()), default=0)
 
     @property
     def num_bytes(self) -> int:

@@ -28,8 +28,10 @@ class ManifestContent(BaseModel):
 
     schema_version: Literal[1] = 1
     files: dict[FileName, FileEntry] = Field(min_length=1)
-    family: str = Field(description="flora, hira, lora, …")
-    ranks: dict[str, int] = Field(description="Rows by logical projection.")
+    family: str = Field(description="flora, hira, lora, rslora, dora, ia3, …")
+    ranks: dict[str, int] = Field(
+        description="Rows by logical projection, see `ModuleRows.num_rows`."
+    )
     dtype: str
     base_digest: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from storage.base_checkpoint import BaseFacts
 from storage.config import DEFAULT_MAX_ADAPTER_BYTES
 from storage.errors import AdapterRefusedError, BaseMismatchError
-from storage.formats.peft import PeftAdapter, read_peft
+from storage.formats.family import PeftAdapter
+from storage.formats.peft import read_peft
 from storage.identity import DEFAULT_ALIAS, AdapterName, sha256_hex
 from storage.manifest import FileEntry, Manifest, ManifestContent, Provenance
 from storage.registry import Registry
 
-_MADE_FROM_BASE_VALUES = frozenset({"flora", "hira"})
+_SIDES = {"I": "input", "O": "output"}  # by the last letter of a field of `ModuleRows`
 
 
 def publish_adapter(
@@ -67,29 +68,25 @@ def publish_adapter(
 
 def _check_shapes(adapter: PeftAdapter, base: BaseFacts) -> None:
     for path, module in adapter.rows.modules.items():
-        in_name, out_name = adapter.tensor_names[path]
+        names = adapter.tensor_names[path]
         if path not in base.projections:
             raise AdapterRefusedError(
-                f"tensor {in_name!r} is for {path!r}, which is not a linear layer of {base.name} that can be adapted"
+                f"tensor {next(iter(names.values()))!r} is for {path!r}, which is not a linear layer of {base.name} "
+                "that can be adapted (embeddings, norms and the output head cannot)"
             )
-        num_in, num_out = base.projections[path]
-        for side in (module.mul_b_RI, module.add_p_EI):
-            if side is not None and side.shape[1] != num_in:
+        features = dict(zip("IO", base.projections[path], strict=True))
+        for field, tensor in module.tensors().items():
+            side, expected = field[-1], features[field[-1]]
+            if tensor.shape[-1] != expected:
                 raise AdapterRefusedError(
-                    f"tensor {in_name!r} has {side.shape[1]} columns; expected {num_in}, the input features of "
-                    f"{path} in {base.name}"
-                )
-        for side in (module.mul_a_RO, module.add_q_EO):
-            if side is not None and side.shape[1] != num_out:
-                raise AdapterRefusedError(
-                    f"tensor {out_name!r} has {side.shape[1]} rows; expected {num_out}, the output features of "
-                    f"{path} in {base.name}"
+                    f"tensor {names[field]!r} is for {tensor.shape[-1]} {_SIDES[side]} features; expected "
+                    f"{expected}, those of {path} in {base.name}"
                 )
 
 
 def _base_warnings(adapter: PeftAdapter, base: BaseFacts) -> tuple[str, ...]:
     made_for = adapter.rows.base_digest
-    depends = adapter.family in _MADE_FROM_BASE_VALUES
+    depends = adapter.rows.needs_its_base
     if made_for == base.digest:
         return ()
     if made_for is None:
@@ -99,21 +96,19 @@ def _base_warnings(adapter: PeftAdapter, base: BaseFacts) -> tuple[str, ...]:
     if depends:
         raise BaseMismatchError(
             f"the adapter was made for the base model {made_for[:12]}…, and {base.name} is {base.digest[:12]}…; "
-            f"{adapter.family} adapters multiply the base's weights, so it would compute something else"
+            f"{adapter.family} adapters multiply or measure the base's weights, so it would compute something else"
         )
     return (f"made for another base model ({made_for[:12]}…) than {base.name}; the shapes match",)
 
 
 def _content(files: Mapping[str, bytes], adapter: PeftAdapter, base: BaseFacts) -> ManifestContent:
-    modules = adapter.rows.modules
-    dtypes = {tensor.dtype for module in modules.values() for tensor in module.tensors().values()}
     return ManifestContent(
         files={
             name: FileEntry(sha256=sha256_hex(data), num_bytes=len(data))
             for name, data in files.items()
         },
         family=adapter.family,
-        ranks={path: module.num_mul + module.num_add for path, module in modules.items()},
-        dtype=",".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        ranks={path: module.num_rows for path, module in adapter.rows.modules.items()},
+        dtype=adapter.dtype,
         base_digest=base.digest,
     )

@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from storage.adapter_rows import AdapterRows
-from storage.formats import flora
-from storage.formats.peft import PREFIX, SETTINGS_FILE, SIDES, TENSORS_FILE
+from storage.formats import flora, hira, lora
+from storage.formats.module_tensors import PREFIX
+from storage.formats.peft import SETTINGS_FILE, TENSORS_FILE
 from storage.formats.tensors import write_tensors
 
 _Number = TypeVar("_Number", int, float)
+_PARTS = {"HIRA": (hira.IN_PART, hira.OUT_PART), "LORA": (lora.IN_PART, lora.OUT_PART)}
 
 
 def write_flora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
@@ -77,11 +79,11 @@ def _directory(
     base_name: str,
     metadata: Mapping[str, str],
 ) -> dict[str, bytes]:
-    in_suffix, out_suffix = SIDES[settings["peft_type"]]
+    in_part, out_part = _PARTS[settings["peft_type"]]
     tensors = {}
     for path, (in_RI, out_RO) in components.items():
-        tensors[f"{PREFIX}{path}.{in_suffix}"] = in_RI
-        tensors[f"{PREFIX}{path}.{out_suffix}"] = out_RO.T
+        tensors[f"{PREFIX}{path}.{in_part}"] = in_RI
+        tensors[f"{PREFIX}{path}.{out_part}"] = out_RO.T
     shared = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,

@@ -108,7 +108,7 @@ def test_an_adapter_of_the_wrong_shape_is_refused_by_its_tensor(
         str(tiny_llama_dir),
     )
     refused = flora(*arguments, code=2)
-    assert "hira_A" in refused.stderr
+    assert "down_proj.hira_B" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert as_json(flora("adapters", "ls", "--json")) == []
 

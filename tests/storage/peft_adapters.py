@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from storage.adapter_directory import read_directory, write_directory
 from storage.adapter_rows import ModuleRows
+from workers.row_form.reference import reference_product
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -28,6 +30,24 @@ RSLORA_PATTERNS = LoraConfig(
 )
 HIRA = HiraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"])
 HIRA_PATTERN = HiraConfig(r=3, rank_pattern={"q_proj": 2}, target_modules=["q_proj", "up_proj"])
+DORA = LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=ALL_LINEAR)
+DORA_PATTERNS = LoraConfig(
+    r=4,
+    lora_alpha=7,
+    use_dora=True,
+    use_rslora=True,
+    target_modules=["q_proj", "down_proj"],
+    rank_pattern={"q_proj": 1},
+    alpha_pattern={"layers.1.mlp.down_proj": 2},
+)
+IA3 = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+IA3_EXPRESSION = IA3Config(
+    target_modules=r".*\.(q_proj|o_proj|up_proj)", feedforward_modules=r".*\.up_proj"
+)
+LORA_BIAS = LoraConfig(r=2, lora_alpha=3, lora_bias=True, target_modules=["q_proj", "o_proj"])
+BIAS_LORA_ONLY = LoraConfig(r=2, bias="lora_only", target_modules=["v_proj", "up_proj"])
+BIAS_ALL = LoraConfig(r=2, bias="all", lora_bias=True, target_modules=["q_proj", "k_proj"])
+DORA_BIAS = LoraConfig(r=2, bias="all", use_dora=True, target_modules=["v_proj", "gate_proj"])
 
 
 def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
@@ -48,14 +68,17 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
 
 
 def random_adapter(
-    config: PeftConfig, directory: Path, dtype: torch.dtype = torch.float64
+    config: PeftConfig,
+    directory: Path,
+    dtype: torch.dtype = torch.float64,
+    base: Callable[[torch.dtype], PreTrainedModel] = tiny_llama,
 ) -> tuple[PeftModel, dict[str, bytes]]:
-    """A PEFT model with random adapter tensors, and the files that PEFT saved it as."""
-    model = get_peft_model(tiny_llama(dtype), config, autocast_adapter_dtype=False)
+    """A PEFT model in which all that is trained is random, and the files that PEFT saved it as."""
+    model = get_peft_model(base(dtype), copy.deepcopy(config), autocast_adapter_dtype=False)
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name or "hira_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(directory)
     return model, read_directory(directory)
@@ -78,24 +101,27 @@ def merged_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def linear_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Weight and, as one more column, bias of every linear layer."""
     return {
-        path: module.weight.detach().clone()
+        path: _with_bias(module.weight.detach(), module.bias)
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
 
 
-def adapted_weight(weight_OI: Tensor, rows: ModuleRows) -> Tensor:
-    """The weight these rows stand for, in float64."""
-    factor_OI = torch.full_like(weight_OI, float(rows.offset))
-    if rows.num_mul:
-        assert rows.mul_a_RO is not None and rows.mul_b_RI is not None
-        factor_OI += rows.mul_a_RO.double().T @ rows.mul_b_RI.double()
-    adapted_OI = weight_OI * factor_OI
-    if rows.num_add:
-        assert rows.add_q_EO is not None and rows.add_p_EI is not None
-        adapted_OI = adapted_OI + rows.add_gate * rows.add_q_EO.double().T @ rows.add_p_EI.double()
-    return adapted_OI
+def adapted_weight(weight: Tensor, rows: ModuleRows) -> Tensor:
+    """The weight, with the bias as its last column, that these rows stand for, in float64."""
+    weight_OI, bias_O = weight[:, :-1], weight[:, -1]
+    nothing = torch.zeros(1, weight_OI.shape[1])
+    adapted_bias_O = reference_product(nothing, weight_OI, bias_O, rows)[0]
+    adapted_IO = reference_product(torch.eye(weight_OI.shape[1]), weight_OI, bias_O, rows)
+    return _with_bias((adapted_IO - adapted_bias_O).T, adapted_bias_O)
+
+
+def _with_bias(weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    if bias_O is None:
+        bias_O = weight_OI.new_zeros(weight_OI.shape[0])
+    return torch.cat([weight_OI, bias_O.detach()[:, None]], dim=1)
 
 
 def relative_error(found: Tensor, expected: Tensor, base: Tensor) -> float:

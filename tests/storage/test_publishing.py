@@ -120,9 +120,9 @@ def test_a_peft_directory_is_bound_to_the_base_it_is_pushed_for(
     [
         (_flora(path="model.layers.7.mlp.up_proj"), "'model.layers.7.mlp.up_proj', which is not"),
         (_flora(path="lm_head"), "'lm_head', which is not"),
-        (_flora(num_in=9), f"{_Q}.hira_A' has 9 columns; expected 8"),
-        (_flora(num_out=7), f"{_Q}.hira_B' has 7 rows; expected 6"),
-        (_flora(path=_UP), f"{_UP}.hira_B' has 6 rows; expected 10"),
+        (_flora(num_in=9), f"{_Q}.hira_A' is for 9 input features; expected 8"),
+        (_flora(num_out=7), f"{_Q}.hira_B' is for 7 output features; expected 6"),
+        (_flora(path=_UP), f"{_UP}.hira_B' is for 6 output features; expected 10"),
         ({}, "adapter_config.json is missing"),
     ],
 )

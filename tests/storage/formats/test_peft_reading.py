@@ -11,9 +11,17 @@ from peft import HiraConfig, LoraConfig, PeftConfig
 from storage.adapter_directory import read_directory
 from storage.formats.peft import read_peft
 from tests.storage.peft_adapters import (
+    BIAS_ALL,
+    BIAS_LORA_ONLY,
+    DORA,
+    DORA_BIAS,
+    DORA_PATTERNS,
     HIRA,
     HIRA_PATTERN,
+    IA3,
+    IA3_EXPRESSION,
     LORA,
+    LORA_BIAS,
     RSLORA_PATTERNS,
     adapted_weight,
     linear_weights,
@@ -26,7 +34,15 @@ from tests.storage.peft_adapters import (
 
 _CASES = [
     pytest.param(LORA, "lora", id="lora"),
-    pytest.param(RSLORA_PATTERNS, "lora", id="rslora-patterns"),
+    pytest.param(RSLORA_PATTERNS, "rslora", id="rslora-patterns"),
+    pytest.param(DORA, "dora", id="dora"),
+    pytest.param(DORA_PATTERNS, "dora", id="dora-rslora-patterns"),
+    pytest.param(DORA_BIAS, "dora", id="dora-bias-all"),
+    pytest.param(IA3, "ia3", id="ia3"),
+    pytest.param(IA3_EXPRESSION, "ia3", id="ia3-expressions"),
+    pytest.param(LORA_BIAS, "lora", id="lora-bias"),
+    pytest.param(BIAS_LORA_ONLY, "lora", id="bias-lora-only"),
+    pytest.param(BIAS_ALL, "lora", id="bias-all-lora-bias"),
     pytest.param(HIRA, "hira", id="hira"),
     pytest.param(HIRA_PATTERN, "hira", id="hira-rank-pattern"),
     pytest.param(
@@ -36,6 +52,24 @@ _CASES = [
     ),
     pytest.param(
         HiraConfig(r=2, target_modules="all-linear", layers_to_transform=None), "hira", id="all"
+    ),
+    pytest.param(
+        LoraConfig(r=2, target_modules="all-linear", exclude_modules=r".*\.0\..*"),
+        "lora",
+        id="lora-all-but",
+    ),
+    pytest.param(
+        LoraConfig(r=2, target_modules=["up_proj"], layers_to_transform=[1]),
+        "lora",
+        id="lora-layers",
+    ),
+    pytest.param(
+        HiraConfig(r=2, target_modules=["k_proj"], layers_to_transform=0, layers_pattern="layers"),
+        "hira",
+        id="hira-layers-pattern",
+    ),
+    pytest.param(
+        LoraConfig(r=2, target_modules=["o_proj"], fan_in_fan_out=True), "lora", id="fan-in"
     ),
 ]
 
@@ -99,7 +133,7 @@ def test_rows_keep_the_dtype_and_the_bits_of_the_file(
     for path, rows in adapter.rows.modules.items():
         in_name, out_name = (
             name.replace("_A", "_A.default").replace("_B", "_B.default")
-            for name in adapter.tensor_names[path]
+            for name in adapter.tensor_names[path].values()
         )
         found_in, found_out = (
             (rows.mul_b_RI, rows.mul_a_RO) if config is HIRA else (rows.add_p_EI, rows.add_q_EO)
