@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from workers.bank.bank import AdapterBank, BankSnapshot
@@ -14,21 +16,40 @@ from workers.row_form.module_index import ModuleIndex, index_module_group
 from workers.row_form.step_plan import StepPlan
 
 
+Product = Callable[[Tensor, BaseLinear, Tensor, Tensor, ModuleIndex], Tensor]
+"""`adapted_product`, or what computes the same faster on one kind of device, without gradients."""
+
+
 class StepContext:
     """The step all adapted layers of a model are in. One thread at a time, like the model itself."""
 
-    def __init__(self, cost: CostModel) -> None:
+    def __init__(self, cost: CostModel, product: Product = adapted_product) -> None:
         self.cost = cost
+        self.product = product
         self._plan: StepPlan | None = None
         self._snapshot: BankSnapshot | None = None
-        self._indices: dict[GroupTable, ModuleIndex] = {}
+        self._indices: dict[GroupTable, ModuleIndex] = {}  # of the plan `_indexed`
+        self._indexed: StepPlan | None = None
 
     def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
         """Enter a step. None, or a plan with no adapters: every layer is the plain base layer."""
-        is_plain = plan is None or plan.is_base_only
-        self._plan = None if is_plain else plan
-        self._snapshot = None if is_plain else snapshot
-        self._indices = {}
+        if plan is None or plan.is_base_only:
+            self._plan = self._snapshot = None
+            return
+        # While the same sequences decode, step after step has the same index.
+        if not self._is_as_before(plan):
+            self._indices = {}
+            self._indexed = plan
+        self._plan, self._snapshot = plan, snapshot
+
+    def _is_as_before(self, plan: StepPlan) -> bool:
+        before = self._indexed
+        return (
+            before is not None
+            and before.runs == plan.runs
+            and before.num_tokens == plan.num_tokens
+            and before.device == plan.device
+        )
 
     def index_of(self, path: str) -> ModuleIndex | None:
         """The projection's index for this step, made by the first layer of its group; None in a plain step."""
@@ -62,13 +83,21 @@ class AdaptedLinear(nn.Module):
         """The base weight, for models that look at their layers' weights (their dtype, mostly)."""
         return self.base.dequantised_slice(slice(None), slice(None))
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def index(self) -> ModuleIndex | None:
+        """What adapters do to this layer in this step; None where they do nothing."""
         index = self._context.index_of(self.path)
-        if index is None or index.is_plain or self.rows is None:
+        return None if index is None or index.is_plain else index
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = self.index
+        if index is None or self.rows is None:
             y = self.base.matmul(x)
             return y if self.base.bias_O is None else y + self.base.bias_O
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = adapted_product(x_TI, self.base, self.rows.in_rows_NI, self.rows.out_rows_NO, index)
+        y_TO = self._context.product(
+            x_TI, self.base, self.rows.in_rows_NI, self.rows.out_rows_NO, index
+        )
         return y_TO.to(x.dtype).view(*x.shape[:-1], -1)
 
 

@@ -27,8 +27,8 @@ def adapted_product(
     """The layer's output_TO, bias included, as the float32 (or wider) sum that the caller rounds once."""
     y_TO = _products(x_TI, base, in_rows_NI, out_rows_NO, index)
     for batch in index.mul_batches:
-        token_AL, delta_ALO = _weight_mode(x_TI, base, in_rows_NI, out_rows_NO, batch)
-        y_TO.index_add_(0, token_AL.flatten(), delta_ALO.flatten(0, 1).to(y_TO.dtype))
+        delta = weight_mode_rows(x_TI, base, in_rows_NI, out_rows_NO, batch)
+        y_TO.index_add_(0, batch.token_AL.flatten(), delta.to(y_TO.dtype))
     if index.scale_page_T is not None:
         y_TO = torch.addcmul(y_TO, y_TO, out_rows_NO.index_select(0, index.scale_page_T))
     if index.add is not None:
@@ -68,13 +68,14 @@ def _products(
     return y_TO
 
 
-def _weight_mode(
+def weight_mode_rows(
     x_TI: Tensor, base: BaseLinear, in_rows_NI: Tensor, out_rows_NO: Tensor, batch: RunBatch
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
+    """What a batch of runs adds to its tokens through a weight of its own: [A·L, O], in the type of `x_TI`."""
     x_ALI = _gathered(x_TI, batch.token_AL)
     a_AKO = _gathered(out_rows_NO, batch.out_page_AK)
     b_AKI = _gathered(in_rows_NI, batch.in_page_AK)
-    return batch.token_AL, weight_product(x_ALI, base, a_AKO, b_AKI, batch.shift_A)
+    return weight_product(x_ALI, base, a_AKO, b_AKI, batch.shift_A).flatten(0, 1)
 
 
 def _gathered_add_rows(

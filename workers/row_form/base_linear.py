@@ -49,3 +49,40 @@ class DenseLinear:
 
     def dequantised_slice(self, rows: slice, columns: slice) -> Tensor:
         return self.weight_OI[rows, columns]
+
+
+class PackedLinear(DenseLinear):
+    """A dense layer with a second copy of its weight in the order in which the CPU's matrix unit reads it.
+
+    Measured on one core with AMX, bfloat16: 1.6–2 times as fast as `DenseLinear` up to 64 rows. Without gradients.
+    """
+
+    # Rows the order is chosen for; measured as good as any other from 1 to 512 rows.
+    _TYPICAL_ROWS = 32
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__(weight_OI, bias_O)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(
+            weight_OI.detach().contiguous(), self._TYPICAL_ROWS
+        )
+
+    @staticmethod
+    def is_supported(weight_OI: Tensor) -> bool:
+        """Float32 has no matrix unit, and gains nothing."""
+        return (
+            weight_OI.device.type == "cpu"
+            and weight_OI.dtype == torch.bfloat16
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def matmul(self, x_TI: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x_TI, self._packed, None, "none", [], ""
+        )
+        return y
+
+
+def serving_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> BaseLinear:
+    """The fastest base layer for inference on the weight's device."""
+    kind = PackedLinear if PackedLinear.is_supported(weight_OI) else DenseLinear
+    return kind(weight_OI, bias_O)

@@ -24,6 +24,7 @@ from workers.row_form.step_plan import Parts, SlotRun, StepPlan, expand_runs
 class RowIndex:
     """Gathered rows, token by token."""
 
+    first_T1: Tensor  # token t has rows first[t] to first[t + 1]
     token_R: Tensor
     in_page_R: Tensor
     out_page_R: Tensor
@@ -46,12 +47,19 @@ class ModuleIndex:
     """Everything the modules of one group need to run this step. None: nothing of the kind in this step."""
 
     base_token_B: Tensor | None  # None: every token
+    base_row_T: Tensor | None  # the same the other way round: a token's place in B, or -1
     mul: RowIndex | None
     add: RowIndex | None
     mul_batches: tuple[RunBatch, ...]
     add_batches: tuple[RunBatch, ...]
+    delta_row_T: Tensor | None  # a token's place among all tokens of `mul_batches`, or -1
     scale_page_T: Tensor | None  # of c − 1
     bias_page_T: Tensor | None  # of bias' − bias
+
+    @property
+    def has_mul_rows(self) -> bool:
+        """Some tokens' outputs are other products with W0 than the base's."""
+        return bool(self.base_token_B is not None or self.mul is not None or self.mul_batches)
 
     @property
     def is_plain(self) -> bool:
@@ -89,17 +97,23 @@ def index_module_group(plan: StepPlan, table: GroupTable, cost: CostModel) -> Mo
         for run in plan.runs
         if (cost.merged if run in as_weights else layouts[run.slot].offset == 0)
     ]
+    base_token_B = _other_tokens(plan, needs_no_base)
+    mul_batches = _batches(
+        as_weights,
+        plan.device,
+        pages=lambda slot: (table.pages[slot].mul_in, table.pages[slot].mul_out),
+        shift=lambda slot: float(layouts[slot].offset - delta),
+        gate=lambda slot: 1.0,
+    )
     return ModuleIndex(
-        base_token_B=_other_tokens(plan, needs_no_base),
+        base_token_B=base_token_B,
+        base_row_T=None if base_token_B is None else _places(base_token_B, plan),
         mul=_rows(plan, table.mul, as_weights, None),
         add=_rows(plan, table.add, as_thin, table.add_gate_S),
-        mul_batches=_batches(
-            as_weights,
-            plan.device,
-            pages=lambda slot: (table.pages[slot].mul_in, table.pages[slot].mul_out),
-            shift=lambda slot: float(layouts[slot].offset - delta),
-            gate=lambda slot: 1.0,
-        ),
+        mul_batches=mul_batches,
+        delta_row_T=_places(torch.cat([one.token_AL.flatten() for one in mul_batches]), plan)
+        if mul_batches
+        else None,
         add_batches=_batches(
             as_thin,
             plan.device,
@@ -128,6 +142,13 @@ def _other_tokens(plan: StepPlan, runs: Sequence[SlotRun]) -> Tensor | None:
     return torch.cat(spans).to(plan.device, non_blocking=True)
 
 
+def _places(tokens: Tensor, plan: StepPlan) -> Tensor:
+    """Where each token of the step stands in `tokens`; -1 for one that does not."""
+    place_T = torch.full((plan.num_tokens,), -1, dtype=torch.int64, device=plan.device)
+    place_T[tokens] = torch.arange(tokens.shape[0], device=plan.device)
+    return place_T
+
+
 def _rows(
     plan: StepPlan, lists: PageLists, elsewhere: Container[SlotRun], gate_S: Tensor | None
 ) -> RowIndex | None:
@@ -142,8 +163,11 @@ def _rows(
     start_P = count_P.cumsum(0) - count_P
     within_R = torch.arange(num_rows, device=plan.device) - start_P[part_R]
     page_R = lists.first_S[parts.slot_P][part_R] + within_R
+    first_T1 = torch.zeros(plan.num_tokens + 1, dtype=torch.int64, device=plan.device)
+    first_T1[parts.token_P + 1] = count_P
     gate_P = parts.gate_P if gate_S is None else parts.gate_P * gate_S[parts.slot_P]
     return RowIndex(
+        first_T1=first_T1.cumsum(0),
         token_R=parts.token_P[part_R],
         in_page_R=lists.in_page_F[page_R],
         out_page_R=lists.out_page_F[page_R],
