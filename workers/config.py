@@ -22,6 +22,14 @@ class EngineSettings(BaseModel):
         description="What users call the base model.",
     )
     dtype: Literal["float64", "float32", "bfloat16"] = "bfloat16"
+    runner: Literal["auto", "hf", "native"] = Field(
+        default="auto",
+        description="hf: any transformers model; native: Llama-shaped ones, faster; auto: native where it can be.",
+    )
+    compiled: bool = Field(
+        default=True,
+        description="On CPU: loops compiled with this machine's C++ compiler, where it has one.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the model; 0: all cores, or OMP_NUM_THREADS."

@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from workers.attention.block_store import BlockStore
 from workers.attention.lazy_memory import lazy_zeros
+from workers.compiled.decoder_loops import SlabLoops
 from workers.models.runner import KvCopy, SequenceSpan
 
 # Slots without a decoding sequence that are computed along (and thrown away) rather than splitting a batch in two.
@@ -44,6 +45,15 @@ class _DecodeRun:
 
 
 @dataclass(frozen=True, slots=True)
+class _DecodeIndex:
+    """The same for compiled loops, which read each sequence to its own end."""
+
+    token_N: Tensor
+    slot_N: Tensor
+    length_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _PrefillSpan:
     """One sequence with several new tokens."""
 
@@ -60,6 +70,7 @@ class SlabAttention:
 
     Args:
         num_blocks, block_tokens: of the store that saved blocks are kept in; without any, nothing can be saved.
+        loops: compiled loops for decoding; None: torch's own attention.
     """
 
     def __init__(
@@ -74,6 +85,7 @@ class SlabAttention:
         device: torch.device,
         num_blocks: int = 0,
         block_tokens: int = 1,
+        loops: SlabLoops | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.max_tokens_per_slot = max_tokens_per_slot
@@ -88,7 +100,9 @@ class SlabAttention:
         self._block_tokens = block_tokens
         self._written = [0] * num_slots  # tokens of each slot that may be other than zero
         self._held = [0] * num_slots  # tokens of each slot that its last sequence stored there
+        self._loops = loops
         self._decode: list[_DecodeRun] = []
+        self._decode_index: _DecodeIndex | None = None
         self._prefill: list[_PrefillSpan] = []
         self._slot_T = self._position_T = torch.empty(0, dtype=torch.int64)
 
@@ -120,7 +134,13 @@ class SlabAttention:
             for span, start in zip(spans, starts, strict=True)
             if span.num_new == 1
         )
-        self._decode = [self._decode_run(run) for run in _runs(decode)]
+        if self._loops is None:
+            self._decode = [self._decode_run(run) for run in _runs(decode)]
+        elif decode:
+            slot_N, length_N, token_N = torch.tensor(decode).T.contiguous()
+            self._decode_index = _DecodeIndex(token_N, slot_N, length_N)
+        else:
+            self._decode_index = None
         self._prefill = [
             self._prefill_span(span, start)
             for span, start in zip(spans, starts, strict=True)
@@ -131,12 +151,23 @@ class SlabAttention:
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
     ) -> Tensor:
         keys_SKMD, values_SKMD = self._keys_SKMD[layer], self._values_SKMD[layer]
-        keys_SKMD[self._slot_T, :, self._position_T] = key_TKD
-        values_SKMD[self._slot_T, :, self._position_T] = value_TKD
+        if self._loops is None:
+            keys_SKMD[self._slot_T, :, self._position_T] = key_TKD
+            values_SKMD[self._slot_T, :, self._position_T] = value_TKD
+        else:
+            self._loops.keep(
+                key_TKD, value_TKD, self._slot_T, self._position_T, keys_SKMD, values_SKMD
+            )
         output_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
         num_kv_heads, head_dim = key_TKD.shape[1:]
         group = query_THD.shape[1] // num_kv_heads
         # decode
+        if self._loops is not None and self._decode_index is not None:
+            index = self._decode_index
+            self._loops.attend(
+                *(query_THD, index.token_N, index.slot_N, index.length_N),
+                *(keys_SKMD, values_SKMD, scale, output_THD),
+            )
         for run in self._decode:
             attended_SKGD = scaled_dot_product_attention(
                 query_THD[run.token_of_slot_S].reshape(-1, num_kv_heads, group, head_dim),

@@ -72,6 +72,7 @@ class SlabLoops:
         values_SKMD: Tensor,
     ) -> None:
         """Write every token's key and value to its place."""
+        key_TKD, value_TKD = _token_major(key_TKD), _token_major(value_TKD)
         num_tokens, kv_heads, size = key_TKD.shape
         self._keep(
             *(key_TKD.data_ptr(), key_TKD.stride(0), value_TKD.data_ptr(), value_TKD.stride(0)),
@@ -91,6 +92,7 @@ class SlabLoops:
         output_THD: Tensor,
     ) -> None:
         """Write the output of the tokens named; each sees the first `length` tokens of its slot."""
+        query_THD = _token_major(query_THD)
         _, heads, size = query_THD.shape
         self._attend(
             *(query_THD.data_ptr(), query_THD.stride(0)),
@@ -111,3 +113,9 @@ class LogitLoops:
         place_L = torch.empty(logits_LV.shape[0], dtype=torch.int64)
         self._greatest(logits_LV.data_ptr(), *logits_LV.shape, place_L.data_ptr())
         return place_L
+
+
+def _token_major(x_THD: Tensor) -> Tensor:
+    """With a token's heads next to one another, which a transposed view need not have."""
+    size = x_THD.shape[2]
+    return x_THD if x_THD.stride()[1:] == (size, 1) else x_THD.contiguous()

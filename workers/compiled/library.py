@@ -52,7 +52,7 @@ class CompiledLoops:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = {}
+        self._functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, signature in _SIGNATURES.items():
             for dtype, suffix in _SUFFIXES.items():
                 function = getattr(library, f"{name}_{suffix}")

@@ -99,8 +99,8 @@ class RowLoops:
         rows = x_TI.new_empty(num_base + num_mul, x_TI.shape[1])
         self._stack(
             *(x_TI.data_ptr(), x_TI.stride(0), x_TI.shape[1], _address(some), num_base),
-            *(in_rows_NI.data_ptr(), _address(mul and mul.token_R), _address(mul and mul.in_page_R)),
-            *(num_mul, rows.data_ptr()),
+            *(in_rows_NI.data_ptr(), None if mul is None else mul.token_R.data_ptr()),
+            *(None if mul is None else mul.in_page_R.data_ptr(), num_mul, rows.data_ptr()),
         )
         return rows
 

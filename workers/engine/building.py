@@ -8,7 +8,7 @@ from workers.bank.bank import AdapterBank
 from workers.bank.loader import AdapterLoader, AdapterSource
 from workers.config import EngineSettings
 from workers.engine.engine import Engine
-from workers.models.hf import HfRunner
+from workers.models.building import build_runner
 from workers.models.loading import LoadedBase, load_base
 
 
@@ -25,7 +25,7 @@ def build_engine(
     """
     if base is None:
         base = load_base(settings.base, torch_dtype(settings), torch_device(settings))
-    runner = HfRunner(base, settings)
+    runner = build_runner(base, settings)
     bank = AdapterBank(
         runner.shape.projections,
         num_rows=settings.bank_rows,

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from workers.attention.slabs import SlabAttention
 from workers.bank.bank import AdapterBank
 from workers.config import EngineSettings
+from workers.models.arithmetic import choose_arithmetic
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
 from workers.models.runner import ModelShape, StepInput
@@ -38,7 +39,15 @@ class HfRunner:
         num_kv_heads, head_dim = adopt_attention(model, max_tokens)
         self._model = model
         self._base_digest = base.digest
-        self._layers = wrap_linears(model, cost_model_for(model.dtype))
+        self._arithmetic = choose_arithmetic(
+            model.dtype, model.device, head_dim=head_dim, compiled=settings.compiled
+        )
+        self._layers = wrap_linears(
+            model,
+            cost_model_for(model.dtype),
+            product=self._arithmetic.product,
+            make_linear=self._arithmetic.make_linear,
+        )
         self._attention = SlabAttention(
             num_layers=config.num_hidden_layers,
             num_slots=settings.max_sequences,
@@ -49,6 +58,7 @@ class HfRunner:
             device=model.device,
             num_blocks=settings.kv_blocks if settings.prefix_cache else 0,
             block_tokens=settings.kv_block_tokens,
+            loops=self._arithmetic.slabs,
         )
         self._shape = ModelShape(
             vocab_size=config.vocab_size,
@@ -95,15 +105,20 @@ class HfRunner:
         self._attention.begin_step(step.spans, step.kv_saves, step.kv_restores)
         self._layers.begin_step(step.plan)
         with torch.inference_mode():
-            output = self._model(
-                input_ids=step.token_ids_T[None],
-                position_ids=step.positions_T[None],
-                use_cache=False,
-                logits_to_keep=step.logits_of_L,
-                **{BACKEND_ARGUMENT: self._attention},
-            )
-            logits_LV: Tensor = output.logits[0]
+            logits_LV = self._logits(step)
             return logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32))
+
+    def _logits(self, step: StepInput) -> Tensor:
+        """logits_LV of this step, in the model's type."""
+        output = self._model(
+            input_ids=step.token_ids_T[None],
+            position_ids=step.positions_T[None],
+            use_cache=False,
+            logits_to_keep=step.logits_of_L,
+            **{BACKEND_ARGUMENT: self._attention},
+        )
+        logits_LV: Tensor = output.logits[0]
+        return logits_LV
 
 
 def _eos_token_ids(model: PreTrainedModel, config: PretrainedConfig) -> frozenset[int]:

@@ -15,7 +15,6 @@ from workers.row_form.cost import CostModel
 from workers.row_form.module_index import ModuleIndex, index_module_group
 from workers.row_form.step_plan import StepPlan
 
-
 Product = Callable[[Tensor, BaseLinear, Tensor, Tensor, ModuleIndex], Tensor]
 """`adapted_product`, or what computes the same faster on one kind of device, without gradients."""
 

@@ -76,9 +76,7 @@ class PackedLinear(DenseLinear):
         )
 
     def matmul(self, x_TI: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x_TI, self._packed, None, "none", [], ""
-        )
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, self._packed, None, "none", [], "")
         return y
 
 

@@ -42,7 +42,7 @@ class JointLinear:
         weight_OI = torch.cat([layer.weight for layer in layers])
         biases = [layer.base.bias_O for layer in layers]
         self._has_bias = any(bias is not None for bias in biases)
-        for layer, part_OI in zip(layers, weight_OI.split(self._sizes), strict=True):
+        for layer, part_OI in zip(layers, torch.split(weight_OI, self._sizes), strict=True):
             if isinstance(layer.base, DenseLinear):
                 layer.base.weight_OI = part_OI
         self._joint = make_linear(
@@ -64,12 +64,12 @@ class JointLinear:
             z = self._joint.matmul(x_TI)
             if self._joint.bias_O is not None:
                 z += self._joint.bias_O
-            return z.split(self._sizes, dim=1)
+            return torch.split(z, self._sizes, dim=1)
         if self._epilogue is None or any(
             index is not None and index.has_mul_rows for index in indices
         ):
             return tuple(layer(x_TI) for layer in self._layers)
-        parts = self._joint.matmul(x_TI).split(self._sizes, dim=1)
+        parts = torch.split(self._joint.matmul(x_TI), self._sizes, dim=1)
         for layer, index, z_TO in zip(self._layers, indices, parts, strict=True):
             if index is not None and layer.rows is not None:
                 self._epilogue.finish(x_TI, z_TO, layer.base, layer.rows, index)

@@ -143,12 +143,6 @@ class NativeDecoder:
             )
         self._loops.rotate(query, self._cosine_MD, self._sine_MD, positions_T)
         self._loops.rotate(key, self._cosine_MD, self._sine_MD, positions_T)
-        heads = (-1, self._head_dim)
-        mixed_THD = attention.attend(
-            number,
-            query.unflatten(1, heads),
-            key.unflatten(1, heads),
-            value.unflatten(1, heads),
-            layer.scaling,
-        )
+        query, key, value = (x.view(x.shape[0], -1, self._head_dim) for x in (query, key, value))
+        mixed_THD = attention.attend(number, query, key, value, layer.scaling)
         return mixed_THD.flatten(1)

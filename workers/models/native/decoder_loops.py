@@ -47,7 +47,8 @@ class TorchDecoderLoops:
     def rotate(self, x_TX: Tensor, cosine_MD: Tensor, sine_MD: Tensor, position_T: Tensor) -> None:
         cosine_T1D = cosine_MD[position_T][:, None]
         sine_T1D = sine_MD[position_T][:, None]
-        real, imaginary = x_TX.unflatten(1, (-1, 2 * cosine_MD.shape[1])).chunk(2, dim=-1)
+        heads = x_TX.view(x_TX.shape[0], -1, 2 * cosine_MD.shape[1])
+        real, imaginary = heads.chunk(2, dim=-1)
         turned = real * cosine_T1D - imaginary * sine_T1D
         imaginary.copy_(imaginary * cosine_T1D + real * sine_T1D)
         real.copy_(turned)

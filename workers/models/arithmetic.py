@@ -1,0 +1,53 @@
+"""How a runner computes: the one place where device and element type decide between implementations.
+
+All of them give the same results up to rounding; torch's run everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.compiled.decoder_loops import CompiledDecoderLoops, SlabLoops
+from workers.compiled.library import compiled_loops, is_compiled_type
+from workers.compiled.row_loops import RowLoops
+from workers.models.native.decoder_loops import DecoderLoops, TorchDecoderLoops
+from workers.row_form.adapted_linear import Product
+from workers.row_form.adapted_product import adapted_product
+from workers.row_form.base_linear import BaseLinear, DenseLinear, serving_linear
+from workers.row_form.joint_linear import Epilogue
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a runner is made of; for inference only."""
+
+    make_linear: Callable[[Tensor, Tensor | None], BaseLinear] = DenseLinear
+    product: Product = adapted_product
+    epilogue: Epilogue | None = None
+    decoder: DecoderLoops = TorchDecoderLoops()
+    slabs: SlabLoops | None = None
+
+
+def choose_arithmetic(
+    dtype: torch.dtype, device: torch.device, *, head_dim: int, compiled: bool = True
+) -> Arithmetic:
+    """The fastest there is.
+
+    Args:
+        compiled: false: torch's own operations only.
+    """
+    loops = compiled_loops() if compiled and device.type == "cpu" else None
+    if loops is None or not is_compiled_type(dtype):
+        return Arithmetic(make_linear=serving_linear)
+    rows = RowLoops(loops, dtype)
+    return Arithmetic(
+        make_linear=serving_linear,
+        product=rows.product,
+        epilogue=rows,
+        decoder=CompiledDecoderLoops(loops, dtype),
+        slabs=SlabLoops(loops, dtype) if SlabLoops.is_supported(head_dim) else None,
+    )
