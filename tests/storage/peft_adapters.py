@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from storage.adapter_directory import read_directory, write_directory
 from storage.adapter_rows import ModuleRows
@@ -64,7 +70,34 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCau
         attention_bias=True,
         initializer_range=0.3,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return _with_random_biases(LlamaForCausalLM(config)).to(dtype).eval()
+
+
+def tiny_qwen2(dtype: torch.dtype = torch.float64, seed: int = 0) -> Qwen2ForCausalLM:
+    """As the tiny Llama, with biases on q, k and v only."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=48,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return _with_random_biases(Qwen2ForCausalLM(config)).to(dtype).eval()
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _with_random_biases(model: Model) -> Model:
+    """transformers begins with zeros, under which a bias taken wrongly would go unnoticed."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_()
+    return model
 
 
 def random_adapter(

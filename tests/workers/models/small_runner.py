@@ -1,4 +1,4 @@
-"""One forward of an `HfRunner`: whole prompts, each with an adapter or none, logits at every position."""
+"""One forward of a runner: whole prompts, each with an adapter or none, logits at every position."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from workers.models.runner import SequenceSpan, StepInput
 from workers.row_form.step_plan import Segment, plan_step
 
 DEVICE = torch.device("cpu")
+RUNNERS = {"hf": HfRunner}
+"""Every back end that is held to the same oracles."""
 
 
 class SmallRunner:
     """A runner and its bank; takes the model over."""
 
-    def __init__(self, model: PreTrainedModel, *, max_tokens: int = 64) -> None:
-        settings = EngineSettings(max_sequences=8, max_sequence_tokens=max_tokens)
-        self.runner = HfRunner(LoadedBase(model, "0" * 64, Path("nowhere")), settings)
+    def __init__(
+        self, model: PreTrainedModel, *, max_tokens: int = 64, kind: str = "hf", num_slots: int = 16
+    ) -> None:
+        settings = EngineSettings(max_sequences=num_slots, max_sequence_tokens=max_tokens)
+        self.runner = RUNNERS[kind](LoadedBase(model, "0" * 64, Path("nowhere")), settings)
         self.bank = AdapterBank(
             self.runner.shape.projections,
             num_rows=128,
-            num_slots=16,
+            num_slots=num_slots,
             dtype=self.runner.dtype,
             device=DEVICE,
             biases=self.runner.biases,
