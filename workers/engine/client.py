@@ -19,6 +19,10 @@ class EngineLoad:
     work: float = 0.0
     kv_slots_used: int = 0
     kv_slots: int = 0
+    kv_blocks_used: int = 0  # held by running sequences
+    kv_blocks: int = 0
+    prefix_tokens_reused: int = 0  # tokens found in the KV cache instead of computed, since start
+    preemptions: int = 0  # sequences that gave their KV blocks back for a while, since start
     bank_rows_used: int = 0
     bank_rows: int = 0
     device: tuple[AdapterVersion, ...] = ()  # versions whose rows are on the device

@@ -13,11 +13,13 @@ from collections.abc import Sequence as Ordered
 
 from storage.errors import AdapterRefusedError, FloraError
 from storage.identity import AdapterVersion
+from workers.attention.blocks import BlockLedger
 from workers.attention.slots import SlotLedger
 from workers.bank.bank import AdapterBank
 from workers.bank.loader import AdapterLoader
 from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
+from workers.engine.kv_allocator import KvAllocator
 from workers.engine.prompt_scores import score_prompts
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
 from workers.engine.sampling.row import SampledToken
@@ -58,11 +60,22 @@ class Engine:
         self._clock = clock
         self._wall_clock = wall_clock
         self._eos_token_ids = runner.shape.eos_token_ids
-        self._max_tokens = min(settings.max_sequence_tokens, runner.shape.max_positions)
+        blocks = BlockLedger(settings.kv_blocks, settings.kv_block_tokens)
+        self._max_tokens = min(
+            settings.max_sequence_tokens,
+            runner.shape.max_positions,
+            blocks.num_blocks * blocks.block_tokens,
+        )
+        self._kv = KvAllocator(
+            SlotLedger(settings.max_sequences, self._max_tokens),
+            blocks,
+            prefix_cache=settings.prefix_cache,
+        )
         self._scheduler = Scheduler(
             bank,
-            SlotLedger(settings.max_sequences, self._max_tokens),
+            self._kv,
             max_step_tokens=settings.max_step_tokens,
+            max_step_work=settings.max_step_work,
         )
         self._starvation = StarvationRule()
         self._wanted_pins: frozenset[AdapterVersion] = frozenset()
@@ -127,8 +140,12 @@ class Engine:
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             work=sum(one.work_left for one in scheduler.sequences()),
-            kv_slots_used=scheduler.kv_slots_used,
-            kv_slots=self.settings.max_sequences,
+            kv_slots_used=self._kv.slots_used,
+            kv_slots=self._kv.num_slots,
+            kv_blocks_used=self._kv.blocks_held,
+            kv_blocks=self._kv.num_blocks,
+            prefix_tokens_reused=self._kv.tokens_reused,
+            preemptions=scheduler.num_preemptions,
             bank_rows_used=bank.rows_used,
             bank_rows=bank.num_rows,
             device=bank.residents(),
@@ -212,7 +229,9 @@ class Engine:
     def _compute(self, spans: Ordered[ScheduledSpan]) -> None:
         answering = [span.sequence for span in spans if span.wants_logits]
         try:
-            step = build_step_input(spans, self.bank.resident_slots, self.runner.device)
+            step = build_step_input(
+                spans, self.bank.resident_slots, self.runner.device, *self._kv.take_copies()
+            )
             rows = [sampling_row(one, self._eos_token_ids) for one in answering]
             logits_LV = self.runner.forward(step)
             prompt_logprobs = score_prompts(spans, logits_LV[len(answering) :])
@@ -225,6 +244,7 @@ class Engine:
             error = FloraError("the model failed while answering; the request may be sent again")
             for span in spans:
                 self._end(span.sequence, FinishReason.ERROR, error)
+            self._scheduler.start_over()
             return
         self._failed_in_a_row = 0
         for span in spans:
@@ -282,6 +302,7 @@ class Engine:
                 queue_time_s=admitted_s - sequence.arrived_s if is_first else None,
                 new_logprobs=() if new is None or new.logprobs is None else (new.logprobs,),
                 prompt_logprobs=sequence.scored_prompt() if is_first else None,
+                num_cached_tokens=sequence.num_reused if is_first else None,
             )
         )
 

@@ -172,6 +172,7 @@ class RequestOutput:
     queue_time_s: float | None = None  # first output only
     new_logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    num_cached_tokens: int | None = None  # of the prompt, found in the KV cache; first output only
 
 
 @dataclass(frozen=True, slots=True)

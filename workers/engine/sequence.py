@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from storage.identity import AdapterVersion
+from workers.engine.prefix_keys import PrefixKeys
 from workers.engine.request import EngineRequest, FinishReason, TokenLogprobs
 
 
@@ -19,8 +20,15 @@ class Sequence:
     bank_slot: int | None = (
         None  # with a reference to its adapter; None: the base model, or not yet
     )
-    kv_slot: int | None = None  # None: not admitted
+    kv_slot: int | None = None  # None: not running
+    blocks: list[int] = field(default_factory=list)  # of the KV cache, in the order of its tokens
     num_computed: int = 0  # tokens in the KV cache
+    num_served: int = 0  # tokens it was charged for, or found in the cache when it first ran
+    num_reused: int = 0  # tokens it found in the cache when it first ran
+    ticket: int | None = (
+        None  # its place among all that were ever admitted; kept when it is preempted
+    )
+    prefix_keys: PrefixKeys | None = None
     answer: list[int] = field(default_factory=list)
     # Of its second token, its third and so on, as far as they are known; None where a logit was not finite.
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

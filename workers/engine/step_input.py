@@ -10,16 +10,23 @@ import torch
 from workers.engine.sampling.row import SamplingRow
 from workers.engine.scheduler import ScheduledSpan
 from workers.engine.sequence import Sequence
-from workers.models.runner import SequenceSpan, StepInput
+from workers.models.runner import KvCopy, SequenceSpan, StepInput
 from workers.row_form.step_plan import Segment, plan_step
 
 
 def build_step_input(
-    spans: Ordered[ScheduledSpan], resident_slots: Container[int], device: torch.device
+    spans: Ordered[ScheduledSpan],
+    resident_slots: Container[int],
+    device: torch.device,
+    saves: tuple[KvCopy, ...] = (),
+    restores: tuple[KvCopy, ...] = (),
 ) -> StepInput:
     """The spans' tokens in one stream, in order. Raises NotResidentError if an adapter's rows are gone.
 
     Logits are wanted first of the tokens that are answered, then of those that score a prompt, both in spans' order.
+
+    Args:
+        saves, restores: KV blocks to copy before the forward.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -38,12 +45,11 @@ def build_step_input(
     return StepInput(
         token_ids_T=torch.tensor(tokens, device=device),
         positions_T=torch.tensor(positions, device=device),
-        spans=tuple(
-            SequenceSpan(_kv_slot(span.sequence), span.sequence.num_computed, span.num_new)
-            for span in spans
-        ),
+        spans=tuple(_sequence_span(span) for span in spans),
         plan=plan_step(segments, resident_slots, device),
         logits_of_L=torch.tensor(answered + scoring, dtype=torch.int64, device=device),
+        kv_saves=saves,
+        kv_restores=restores,
     )
 
 
@@ -68,7 +74,10 @@ def _parts(sequence: Sequence) -> tuple[tuple[int, float], ...]:
     return ((sequence.bank_slot, 1.0),)
 
 
-def _kv_slot(sequence: Sequence) -> int:
+def _sequence_span(span: ScheduledSpan) -> SequenceSpan:
+    sequence = span.sequence
     if sequence.kv_slot is None:
         raise ValueError(f"request {sequence.request.request_id} runs without a KV slot")
-    return sequence.kv_slot
+    return SequenceSpan(
+        sequence.kv_slot, sequence.num_computed, span.num_new, tuple(sequence.blocks)
+    )

@@ -12,13 +12,15 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import InvalidRequestError
 from storage.identity import AdapterSet, AdapterVersion
 from tests.workers.engine.small_engine import version
+from workers.attention.blocks import BlockLedger
 from workers.attention.slots import SlotLedger
 from workers.bank.bank import AdapterBank, BankBusyError
+from workers.engine.kv_allocator import KvAllocator
 from workers.engine.request import EngineRequest, SamplingParams
 from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 
-NUM_SLOTS, MAX_TOKENS, BUDGET, BANK_ROWS = 3, 24, 6, 4
+NUM_SLOTS, MAX_TOKENS, BUDGET, BANK_ROWS, BLOCK_TOKENS = 3, 24, 6, 4, 4
 
 
 def small_bank() -> AdapterBank:
@@ -46,10 +48,20 @@ def sequence(
     return Sequence(request, arrived_s=0.0)
 
 
-def scheduler(bank: AdapterBank | None = None, num_slots: int = NUM_SLOTS) -> Scheduler:
-    return Scheduler(
-        bank or small_bank(), SlotLedger(num_slots, MAX_TOKENS), max_step_tokens=BUDGET
+def scheduler(
+    bank: AdapterBank | None = None,
+    num_slots: int = NUM_SLOTS,
+    num_blocks: int = 99,
+    *,
+    prefix_cache: bool = False,
+    max_step_work: int = 999,
+) -> Scheduler:
+    kv = KvAllocator(
+        SlotLedger(num_slots, MAX_TOKENS),
+        BlockLedger(num_blocks, BLOCK_TOKENS),
+        prefix_cache=prefix_cache,
     )
+    return Scheduler(bank or small_bank(), kv, max_step_tokens=BUDGET, max_step_work=max_step_work)
 
 
 def step(one: Scheduler) -> list[tuple[str, int]]:
