@@ -30,6 +30,11 @@ class EngineSettings(BaseModel):
         default=True,
         description="On CPU: loops compiled with this machine's C++ compiler, where it has one.",
     )
+    transport: Literal["auto", "thread", "process"] = Field(
+        default="auto",
+        description="Where the engine runs: in a thread of its replica, or in a process of its own; "
+        "auto: a process on a GPU, else a thread.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(
         default=0, ge=0, description="CPU threads of the model; 0: all cores, or OMP_NUM_THREADS."

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,6 +38,17 @@ class FetchedAdapter(Protocol):
 
 AdapterSource = Callable[[AdapterVersion], FetchedAdapter]
 """May take seconds and raise any of our errors; called from the loader's threads, once at a time per version."""
+
+
+class AdapterTiers(Protocol):
+    """A source that can tell what it keeps near: `storage.adapter_cache.AdapterCache`. Any method from any thread."""
+
+    def get(self, version: AdapterVersion) -> FetchedAdapter:
+        """As `AdapterSource`."""
+
+    def host_versions(self) -> Collection[AdapterVersion]: ...
+
+    def disk_versions(self) -> Collection[AdapterVersion]: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -180,12 +191,13 @@ class AdapterLoader:
             return self._tiers.get(version, "device")
 
     def stop(self) -> None:
-        """End after the loads under way, and wait for them up to a second."""
+        """End after the loads under way, wait for them up to a second, and give back all claims."""
         with self._condition:
             self._is_stopping = True
             self._condition.notify_all()
         for thread in self._threads:
             thread.join(timeout=1.0)
+        self.release_claims()
 
     def _enqueue(self, load: _Load) -> None:
         self._loads[load.version] = load

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from workers.bank.bank import AdapterBank
-from workers.bank.loader import AdapterLoader, AdapterSource
+from workers.bank.loader import AdapterLoader, AdapterSource, AdapterTiers
 from workers.config import EngineSettings
+from workers.engine.client import EngineClient
 from workers.engine.engine import Engine
+from workers.engine.process_client import ProcessEngineClient
+from workers.engine.thread_client import ThreadEngineClient
 from workers.models.building import build_runner
 from workers.models.loading import LoadedBase, load_base
 
@@ -40,6 +45,24 @@ def build_engine(
         bank, source, base_digest=runner.base_digest, concurrency=settings.load_concurrency
     )
     return Engine(runner, bank, loader, settings)
+
+
+def build_client(settings: EngineSettings, make_tiers: Callable[[], AdapterTiers]) -> EngineClient:
+    """The engine behind the transport the settings name, its model loaded; not started.
+
+    Args:
+        make_tiers: opens the adapter cache, in the process the engine runs in; picklable for the process transport.
+
+    Raises:
+        FloraError: as `build_engine`, whichever process that happens in.
+    """
+    transport = settings.transport
+    if transport == "auto":
+        transport = "process" if torch_device(settings).type == "cuda" else "thread"
+    if transport == "process":
+        return ProcessEngineClient(settings, make_tiers)
+    tiers = make_tiers()
+    return ThreadEngineClient(build_engine(settings, tiers.get), tiers)
 
 
 def torch_dtype(settings: EngineSettings) -> torch.dtype:

@@ -32,6 +32,10 @@ class EngineLoad:
     evictions: int = 0
     tokens_out: int = 0
     step_errors: int = 0
+    threads: int = 0  # that the model computes on
+    load_wait_s: float = (
+        0.0  # how long the engine's thread has waited for loads of adapters, in all
+    )
 
 
 class EngineClient(Protocol):

@@ -28,7 +28,7 @@ from workers.engine.scheduler import ScheduledSpan, Scheduler
 from workers.engine.sequence import Sequence
 from workers.engine.starvation import StarvationRule
 from workers.engine.step_input import build_step_input, sampling_row
-from workers.engine.validation import validate_request
+from workers.engine.validation import RequestLimits, validate_request
 from workers.models.runner import ModelRunner
 
 _log = logging.getLogger(__name__)
@@ -61,13 +61,17 @@ class Engine:
         self._wall_clock = wall_clock
         self._eos_token_ids = runner.shape.eos_token_ids
         blocks = BlockLedger(settings.kv_blocks, settings.kv_block_tokens)
-        self._max_tokens = min(
-            settings.max_sequence_tokens,
-            runner.shape.max_positions,
-            blocks.num_blocks * blocks.block_tokens,
+        self.limits = RequestLimits(
+            vocab_size=runner.shape.vocab_size,
+            max_tokens=min(
+                settings.max_sequence_tokens,
+                runner.shape.max_positions,
+                blocks.num_blocks * blocks.block_tokens,
+            ),
+            eos_token_ids=runner.shape.eos_token_ids,
         )
         self._kv = KvAllocator(
-            SlotLedger(settings.max_sequences, self._max_tokens),
+            SlotLedger(settings.max_sequences, self.limits.max_tokens),
             blocks,
             prefix_cache=settings.prefix_cache,
         )
@@ -97,12 +101,7 @@ class Engine:
 
     def validate(self, request: EngineRequest) -> None:
         """Raises as `validate_request`; callable from any thread."""
-        validate_request(
-            request,
-            vocab_size=self.runner.shape.vocab_size,
-            max_tokens=self._max_tokens,
-            eos_token_ids=self._eos_token_ids,
-        )
+        validate_request(request, self.limits)
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises as `validate`, and ValueError if its id is in the engine already."""

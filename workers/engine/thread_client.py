@@ -6,14 +6,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from storage.errors import FloraError, InvalidRequestError, OverloadedError
-from storage.identity import AdapterSet, AdapterVersion
+from storage.errors import OverloadedError
+from storage.identity import AdapterVersion
+from workers.bank.loader import AdapterTiers
 from workers.engine.client import EngineLoad
 from workers.engine.engine import Engine
-from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+from workers.engine.owed import OwedAnswers
+from workers.engine.request import EngineRequest, FinishReason, StepOutputs
 
 # How often requests that wait for an adapter are looked at while nothing computes: deadlines, starvation.
 IDLE_PERIOD_S = 0.05
@@ -25,14 +28,25 @@ _log = logging.getLogger(__name__)
 
 
 class ThreadEngineClient:
-    """An `EngineClient`. Takes the engine over: nobody else may step it from now on."""
+    """An `EngineClient`. Takes the engine over: nobody else may step it from now on.
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    Args:
+        tiers: asked for what `EngineLoad.host` and `.disk` tell; without it they stay empty.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tiers: AdapterTiers | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._engine = engine
+        self._tiers = tiers
         self._clock = clock
         self._changed = threading.Condition()
         self._orders: list[Callable[[], None]] = []  # for the engine's thread, before its next step
-        self._live: dict[str, AdapterSet] = {}  # requests that are owed a last output
+        self._owed = OwedAnswers()
         self._has_news = False
         self._is_stopping = False
         self._step_began_s: float | None = None
@@ -55,9 +69,7 @@ class ThreadEngineClient:
         with self._changed:
             if self._is_stopping or not self._thread.is_alive():
                 raise OverloadedError("this replica is shutting down; send the request again")
-            if request.request_id in self._live:
-                raise InvalidRequestError(f"request id {request.request_id} is in use")
-            self._live[request.request_id] = request.adapters
+            self._owed.add(request)
             self._order(lambda: self._engine.submit(request))
 
     def abort(self, request_id: str) -> None:
@@ -71,7 +83,19 @@ class ThreadEngineClient:
             self._order(lambda: self._engine.prefetch(versions, pinned))
 
     def load(self) -> EngineLoad:
-        return self._engine.load()
+        load = self._engine.load()
+        if self._tiers is None:
+            return load
+        return replace(
+            load,
+            host=tuple(self._tiers.host_versions()),
+            disk=tuple(self._tiers.disk_versions()),
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """The thread is there: it has not stopped, nor died of an error."""
+        return self._thread.is_alive()
 
     def is_alive(self) -> bool:
         began_s = self._step_began_s
@@ -112,20 +136,10 @@ class ThreadEngineClient:
             self._hand_out(self._engine.abort_all())
         except Exception:
             _log.exception("the engine's thread ends")
-            self._hand_out(self._last_words())
-
-    def _last_words(self) -> StepOutputs:
-        """An error for every request that is owed an output, whatever state the engine is in."""
-        with self._changed:
-            self._is_stopping = True
-            live = dict(self._live)
-        error = FloraError("the engine failed; the request may be sent again")
-        return StepOutputs(
-            tuple(
-                RequestOutput(request_id, adapters, finish_reason=FinishReason.ERROR, error=error)
-                for request_id, adapters in live.items()
-            )
-        )
+            with self._changed:
+                self._is_stopping = True
+                last_words = self._owed.end_all(FinishReason.ERROR)
+            self._hand_out(last_words)
 
     def _wait(self, is_idle: bool) -> bool:
         """Wait until there may be something to do, carry out the orders; False when it is time to end."""
@@ -143,9 +157,7 @@ class ThreadEngineClient:
         if not outputs.outputs or self._on_step is None:
             return
         with self._changed:
-            for output in outputs.outputs:
-                if output.finish_reason is not None:
-                    self._live.pop(output.request_id, None)
+            self._owed.settle(outputs)
         try:
             self._on_step(outputs)
         except Exception:

@@ -1,0 +1,39 @@
+"""Which requests are still owed their last output: the book behind "exactly one", for every transport."""
+
+from __future__ import annotations
+
+from storage.errors import FloraError, InvalidRequestError
+from storage.identity import AdapterSet
+from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+
+
+class OwedAnswers:
+    """Not thread-safe: its client's lock guards it."""
+
+    def __init__(self) -> None:
+        self._adapters: dict[str, AdapterSet] = {}
+
+    def add(self, request: EngineRequest) -> None:
+        """From now on this request is owed an end. Raises InvalidRequestError if its id is in use."""
+        if request.request_id in self._adapters:
+            raise InvalidRequestError(f"request id {request.request_id} is in use")
+        self._adapters[request.request_id] = request.adapters
+
+    def settle(self, outputs: StepOutputs) -> None:
+        """Strike out the requests that end with these outputs."""
+        for output in outputs.outputs:
+            if output.finish_reason is not None:
+                self._adapters.pop(output.request_id, None)
+
+    def end_all(self, reason: FinishReason) -> StepOutputs:
+        """A last output for everybody who is still owed one; afterwards nobody is."""
+        error = None
+        if reason is FinishReason.ERROR:
+            error = FloraError("the engine failed; the request may be sent again")
+        adapters, self._adapters = self._adapters, {}
+        return StepOutputs(
+            tuple(
+                RequestOutput(request_id, one, finish_reason=reason, error=error)
+                for request_id, one in adapters.items()
+            )
+        )
