@@ -54,6 +54,8 @@ class ReplicaReport:
     rows_used: int = 0
     tokens_out: int = 0
     node_id: str = ""
+    threads: int = 0  # CPU threads its model computes on
+    load_wait_s: float = 0.0  # how long its steps have waited for loads of adapters, in all
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,8 @@ def _replica(report: ReplicaReport) -> dict[str, Any]:
         "loads": report.loads,
         "evictions": report.evictions,
         "tokens_out": report.tokens_out,
+        "threads": report.threads,
+        "load_wait_s": report.load_wait_s,
         "device": list(report.device),
         "host": list(report.host),
         "disk": list(report.disk),

@@ -39,7 +39,6 @@ def build_app(args: Settings | Mapping[str, Any]) -> Application:
     """
     settings = args if isinstance(args, Settings) else read_settings(**dict(args))
     _check_door(settings)
-    settings = _with_threads(settings)
     spec = placement_spec(settings)
     engine = _engine_deployment(settings, spec).bind(settings, spec)
     ingress = serve.deployment(
@@ -111,12 +110,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _with_threads(settings: Settings) -> Settings:
-    """Replicas share a machine: each gets as many threads as CPUs, or they would fight over the cores."""
-    if settings.engine.threads or settings.serve.gpus_per_replica:
-        return settings
-    threads = max(1, int(settings.serve.cpus_per_replica))
-    engine = settings.engine.model_copy(update={"threads": threads})
-    return settings.model_copy(update={"engine": engine})

@@ -1,8 +1,9 @@
-"""The engine replica as a Serve deployment: an engine, its adapter cache and its heartbeat, wired together."""
+"""The engine replica as a Serve deployment: an engine and its heartbeat, wired together."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from functools import partial
 
 import ray
 from ray import serve
@@ -11,14 +12,27 @@ from cluster.actor import PlacementSpec
 from cluster.table import ReplicaOrders, ReplicaReport
 from deployments.gateway import ReplicaOutputs
 from deployments.heartbeat import Heartbeat
+from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
 from deployments.settings import Settings
 from storage.adapter_cache import AdapterCache
+from storage.config import StorageSettings
 from storage.registry import Registry
 from storage.stores import open_store
-from workers.engine.building import build_engine
+from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
-from workers.engine.thread_client import ThreadEngineClient
+from workers.threads import usable_cpus
+
+
+def open_cache(settings: StorageSettings) -> AdapterCache:
+    """The adapter cache of one engine, in whichever process that is."""
+    return AdapterCache(Registry(open_store(settings)), settings)
+
+
+def _node_cpus(node_id: str) -> float:
+    """The CPUs Ray hands out on a node."""
+    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
+    return float(node["Resources"].get("CPU", 0.0))
 
 
 class EngineReplica:
@@ -28,8 +42,11 @@ class EngineReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
         self._host_bytes = settings.storage.host_bytes
-        self._cache = AdapterCache(Registry(open_store(settings.storage)), settings.storage)
-        self._client = ThreadEngineClient(build_engine(settings.engine, self._cache.get))
+        threads = replica_threads(
+            settings, usable_cpus=usable_cpus(), node_cpus=_node_cpus(self._node_id)
+        )
+        engine = settings.engine.model_copy(update={"threads": threads})
+        self._client = build_client(engine, partial(open_cache, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
         Heartbeat(spec, self._report, self._obey).start()
 
@@ -44,7 +61,7 @@ class EngineReplica:
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         if not self._client.is_alive():
-            raise RuntimeError("the engine's thread is gone or stuck")
+            raise RuntimeError("the engine is gone or stuck")
 
     def __del__(self) -> None:
         client = getattr(self, "_client", None)
@@ -61,8 +78,8 @@ class EngineReplica:
             rows=load.bank_rows,
             num_bytes=self._host_bytes,
             device=load.device,
-            host=tuple(self._cache.host_versions()),
-            disk=tuple(self._cache.disk_versions()),
+            host=load.host,
+            disk=load.disk,
             work=load.work,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
@@ -70,6 +87,8 @@ class EngineReplica:
             evictions=load.evictions,
             rows_used=load.bank_rows_used,
             tokens_out=load.tokens_out,
+            threads=load.threads,
+            load_wait_s=load.load_wait_s,
         )
 
     def _obey(self, orders: ReplicaOrders) -> None:

@@ -37,7 +37,10 @@ class EngineSettings(BaseModel):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(
-        default=0, ge=0, description="CPU threads of the model; 0: all cores, or OMP_NUM_THREADS."
+        default=0,
+        ge=0,
+        description="CPU threads of the model; 0: the CPUs this process may use (or OMP_NUM_THREADS of them), "
+        "divided by the replicas that share the machine.",
     )
     max_sequences: int = Field(default=32, ge=1, le=4096, description="Sequences decoded together.")
     max_sequence_tokens: int = Field(

@@ -17,6 +17,7 @@ from storage.errors import BaseMismatchError, FloraError
 from storage.identity import AdapterVersion
 from workers.bank.bank import AdapterBank, BankBusyError
 from workers.row_form.step_plan import NotResidentError
+from workers.threads import use_threads
 
 # How long a failed load answers further requests, and a failed prefetch is not tried again.
 RETRY_AFTER_S = 5.0
@@ -205,6 +206,8 @@ class AdapterLoader:
         self._condition.notify()
 
     def _work(self) -> None:
+        # Rows are copied and checked on this thread alone: the other cores are the engine's.
+        use_threads(1)
         while True:
             with self._condition:
                 while not self._is_stopping and not self._requested and not self._prefetched:

@@ -30,6 +30,7 @@ from workers.engine.starvation import StarvationRule
 from workers.engine.step_input import build_step_input, sampling_row
 from workers.engine.validation import RequestLimits, validate_request
 from workers.models.runner import ModelRunner
+from workers.threads import engine_threads
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Engine:
         self.runner = runner
         self.bank = bank
         self.loader = loader
+        self.num_threads = engine_threads(settings.threads)
         self._clock = clock
         self._wall_clock = wall_clock
         self._eos_token_ids = runner.shape.eos_token_ids
@@ -152,6 +154,7 @@ class Engine:
             evictions=bank.counters.evictions,
             tokens_out=self._tokens_out,
             step_errors=self._step_errors,
+            threads=self.num_threads,
         )
 
     # One step.

@@ -38,6 +38,7 @@ from workers.engine.process_messages import (
 )
 from workers.engine.request import EngineRequest, FinishReason, StepOutputs
 from workers.engine.validation import RequestLimits, validate_request
+from workers.threads import engine_threads
 
 # The child ends its step and its loads within this, or is killed.
 STOP_WITHIN_S = 15.0
@@ -194,8 +195,7 @@ def _spawn(pipe: Connection, settings: EngineSettings) -> subprocess.Popen[bytes
     environment = dict(os.environ)
     # The child finds the same modules as we do, wherever we run.
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
-    if settings.threads:
-        environment["OMP_NUM_THREADS"] = str(settings.threads)
+    environment["OMP_NUM_THREADS"] = str(engine_threads(settings.threads))
     command = [sys.executable, "-m", "workers.engine.process_engine", str(pipe.fileno())]
     try:
         return subprocess.Popen(

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-
 from storage.errors import OverloadedError
 from storage.identity import AdapterVersion
 from workers.bank.loader import AdapterTiers
@@ -17,6 +15,7 @@ from workers.engine.client import EngineLoad
 from workers.engine.engine import Engine
 from workers.engine.owed import OwedAnswers
 from workers.engine.request import EngineRequest, FinishReason, StepOutputs
+from workers.threads import use_threads
 
 # How often requests that wait for an adapter are looked at while nothing computes: deadlines, starvation.
 IDLE_PERIOD_S = 0.05
@@ -123,8 +122,7 @@ class ThreadEngineClient:
             self._changed.notify()
 
     def _run(self) -> None:
-        if self._engine.settings.threads:
-            torch.set_num_threads(self._engine.settings.threads)
+        use_threads(self._engine.num_threads)
         try:
             is_idle = False
             while self._wait(is_idle):
