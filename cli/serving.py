@@ -35,9 +35,6 @@ def local_settings(
     engine["base"] = str(directory)
     if base is not None:
         engine["base_id"] = directory.name.lower()
-    if plain.engine.threads == 0:
-        # Replicas of one machine share its cores; each taking all of them is slower for every one.
-        engine["threads"] = max(1, (os.cpu_count() or 1) // plain.serve.max_replicas)
     return command_settings(config, serve=serve, engine=engine, **given)
 
 
