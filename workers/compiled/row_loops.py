@@ -69,6 +69,8 @@ class RowLoops:
             z: first the base product of the tokens that need it, then the products of all mul rows. May be `y_TO`
                 itself when there are no mul rows: every output is read before it is written.
         """
+        if index.add_batches:
+            raise ValueError("compiled loops take add rows token by token; see `cost_model_for`")
         mul, add = index.mul, index.add
         num_base = x_TI.shape[0] if index.base_token_B is None else index.base_token_B.shape[0]
         self._combine(

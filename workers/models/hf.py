@@ -44,7 +44,7 @@ class HfRunner:
         )
         self._layers = wrap_linears(
             model,
-            cost_model_for(model.dtype),
+            cost_model_for(model.dtype, thin_products=self._arithmetic.epilogue is None),
             product=self._arithmetic.product,
             make_linear=self._arithmetic.make_linear,
         )

@@ -5,9 +5,12 @@ Costs are counted in base-GEMM rows: one unit is the time one more row takes in 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import torch
+
+_THIN_PRODUCT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class CostModel:
     build_rows_per_rank: float
     merged: bool = False
     """Weight mode uses W0 ∘ (offset + Σ a_j b_jᵀ) at once. Exact enough in float32 only; never for 16 bits."""
-    thin_product_tokens: int = 16
+    thin_product_tokens: int = _THIN_PRODUCT_TOKENS
     """From this many tokens on, add rows are two thin products rather than gathered rows."""
 
     def prefers_weight_mode(self, num_tokens: int, num_mul: int, offset: int) -> bool:
@@ -37,13 +40,17 @@ class CostModel:
         return num_add > 0 and num_tokens >= self.thin_product_tokens
 
 
-def cost_model_for(dtype: torch.dtype, *, training: bool = False) -> CostModel:
+def cost_model_for(
+    dtype: torch.dtype, *, training: bool = False, thin_products: bool = True
+) -> CostModel:
     """Measured once on an x86 CPU with AMX: building ΔW takes as long as about 50 float32 or 250 bfloat16 rows.
 
     Args:
         dtype: of the base weights.
         training: merge in float32, where a step then needs three products instead of five.
+        thin_products: false where the product takes add rows token by token only, as compiled loops do.
     """
+    from_tokens = _THIN_PRODUCT_TOKENS if thin_products else sys.maxsize
     if dtype == torch.bfloat16:
-        return CostModel(build_rows=250.0, build_rows_per_rank=2.0)
-    return CostModel(build_rows=50.0, build_rows_per_rank=0.5, merged=training)
+        return CostModel(250.0, 2.0, thin_product_tokens=from_tokens)
+    return CostModel(50.0, 0.5, merged=training, thin_product_tokens=from_tokens)

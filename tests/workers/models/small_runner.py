@@ -15,11 +15,12 @@ from workers.bank.bank import AdapterBank
 from workers.config import EngineSettings
 from workers.models.hf import HfRunner
 from workers.models.loading import LoadedBase
+from workers.models.native.runner import NativeRunner
 from workers.models.runner import SequenceSpan, StepInput
 from workers.row_form.step_plan import Segment, plan_step
 
 DEVICE = torch.device("cpu")
-RUNNERS = {"hf": HfRunner}
+RUNNERS = {"hf": HfRunner, "native": NativeRunner}
 """Every back end that is held to the same oracles."""
 
 
