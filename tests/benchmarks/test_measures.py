@@ -8,15 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import adapters_scale, engine, unpatched
+from benchmarks import adapters_scale, engine, training, unpatched
 from benchmarks.own_engine import Answered, OwnEngine
 from benchmarks.results_file import Side, VoidRunError
 from benchmarks.vllm_process import VllmProcess
 from benchmarks.workload import Batch, Zipf
+from storage.adapter_rows import AdapterRows
 from storage.base_checkpoint import read_base_facts
 from storage.identity import AdapterVersion
+from training.frozen_base import FrozenBase
 from workers.config import EngineSettings
+from workers.models.loading import load_base
 from workers.row_form.adapted_linear import AdaptedLinear
 
 TINY = EngineSettings(dtype="float32", device="cpu", max_step_tokens=64)
@@ -137,3 +141,33 @@ def test_prepared_adapters_are_published_once(tiny_llama_dir: Path, tmp_path: Pa
     assert blobs == {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
     }
+
+
+def test_training_is_measured_together_and_apart(tiny_llama_dir: Path) -> None:
+    sizes = training.Sizes(
+        adapters=2, together=((6, 2.0),), ranks=(1, 3), rank_tokens=8, vocabulary=200
+    )
+    rows = {row.name: row for row in training.measure(tiny_llama_dir, 2, sizes=sizes, steps=1)}
+    together = rows["2 FLoRA r1, 6 tokens each: trained together / one after another"]
+    assert (together.bar, together.better, len(together.rounds)) == (2.0, "higher", 2)
+    ranks = rows["training step, FLoRA r3 / r1, 8 tokens per adapter"]
+    assert (ranks.bar, ranks.better) == (1.8, "lower")
+
+
+def test_trainers_that_share_a_base_train_their_own_rows(tiny_llama_dir: Path) -> None:
+    loaded = load_base(str(tiny_llama_dir), torch.float32, torch.device("cpu"))
+    base = FrozenBase.adopt(loaded, max_tokens=9)
+    one, other = (training._Trainer(base, [name], 1, 8, 200) for name in range(2))
+    before = other._trainer.rows.rows_of(0)
+    one.seconds(2)
+    assert is_same(other._trainer.rows.rows_of(0), before)
+    other.seconds(2)
+    assert not is_same(other._trainer.rows.rows_of(0), before)
+
+
+def is_same(one: AdapterRows, other: AdapterRows) -> bool:
+    return all(
+        torch.equal(tensor, other.modules[path].tensors()[name])
+        for path, rows in one.modules.items()
+        for name, tensor in rows.tensors().items()
+    )
