@@ -14,7 +14,6 @@ registry's files may be in the system's page cache; the replica's own cache dire
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -27,8 +26,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.command import add_runner, engine_settings, parse, parser_of
 from benchmarks.own_engine import OwnEngine
-from benchmarks.results_file import Row, own_side, print_rows, use_cores, write_result
+from benchmarks.results_file import Row, own_side, print_rows, write_result
 from benchmarks.workload import Batch, Family, Zipf, random_adapter, spread_ranks
 from storage.adapter_cache import AdapterCache
 from storage.base_checkpoint import BaseFacts, read_base_facts
@@ -247,18 +247,14 @@ def _bring(side: OwnEngine, versions: Sequence[AdapterVersion]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--base", type=Path, required=True, help="a model directory")
+    parser = parser_of(__doc__, rounds=3)
+    add_runner(parser)
     parser.add_argument("--directory", type=Path, required=True, help="keeps published adapters")
     parser.add_argument("--prepare", action="store_true", help="publish the adapters, and end")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=64, help="of a round")
     parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    use_cores(arguments.threads)
-    base, directory = arguments.base.expanduser(), arguments.directory.expanduser()
+    arguments = parse(parser)
+    base, directory = arguments.base, arguments.directory.expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     people = replace(Population(), zipf=Zipf(arguments.adapters))
     if arguments.prepare:
@@ -266,14 +262,26 @@ def main() -> None:
             prepare(read_base_facts(base, base.name), directory, family, people)
         return
     batch = Batch(requests=arguments.requests)
-    rows = measure(base, directory, arguments.rounds, batch=batch, people=people)
+    rows = measure(
+        base,
+        directory,
+        arguments.rounds,
+        batch=batch,
+        people=people,
+        settings=engine_settings(arguments),
+    )
     print_rows(rows)
     path = write_result(
         "adapters_scale",
         CLAIM,
         rows,
         seed=SEED,
-        workload={**batch.as_dict(), "concurrency": 32, **people.as_dict()},
+        workload={
+            **batch.as_dict(),
+            "concurrency": 32,
+            "runner": arguments.runner,
+            **people.as_dict(),
+        },
         sides=[own_side("registered"), own_side("resident")],
     )
     print("wrote", path.name)

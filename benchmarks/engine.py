@@ -14,7 +14,6 @@ less than with its own base model's.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from benchmarks.command import add_runner, engine_settings, parse, parser_of
 from benchmarks.levers import CPU_LEVERS
 from benchmarks.own_engine import Answered, OwnEngine, first_token_agreement
 from benchmarks.results_file import (
@@ -35,7 +35,6 @@ from benchmarks.results_file import (
     check_same_cores,
     own_side,
     print_rows,
-    use_cores,
     write_result,
 )
 from benchmarks.vllm_process import VllmProcess
@@ -261,21 +260,18 @@ def _check_adapters_are_used(results: dict[str, list[Answered]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--base", type=Path, required=True, help="a model directory")
+    parser = parser_of(__doc__, rounds=5)
+    add_runner(parser)
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of vLLM's environment")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=Batch().requests)
     parser.add_argument("--answer-tokens", type=int, default=Batch().answer_tokens)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    use_cores(arguments.threads)
+    arguments = parse(parser)
     batch = Batch(requests=arguments.requests, answer_tokens=arguments.answer_tokens)
     measured = measure(
-        arguments.base.expanduser(),
+        arguments.base,
         arguments.rounds,
         batch=batch,
+        settings=engine_settings(arguments),
         vllm_python=arguments.vllm_python,
     )
     print_rows(measured.rows)
@@ -284,7 +280,7 @@ def main() -> None:
         CLAIM,
         measured.rows,
         seed=SEED,
-        workload=batch.as_dict(),
+        workload={**batch.as_dict(), "runner": arguments.runner},
         sides=measured.sides,
         versions=measured.versions,
         levers=CPU_LEVERS,

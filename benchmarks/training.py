@@ -9,7 +9,6 @@ adapter on both sides.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.results_file import Row, own_side, print_rows, use_cores, write_result
+from benchmarks.command import parse, parser_of
+from benchmarks.results_file import Row, own_side, print_rows, write_result
 from training.adapter_run import AdapterData, AdapterRun
 from training.frozen_base import FrozenBase
 from training.spec import AdapterSpec
@@ -161,20 +161,12 @@ def _never(*_: Any) -> NoReturn:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--base", type=Path, required=True, help="a model directory")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--steps", type=int, default=2, help="of every adapter in a round")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the frozen base")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    use_cores(arguments.threads)
+    arguments = parse(parser)
     rows = measure(
-        arguments.base.expanduser(),
-        arguments.rounds,
-        steps=arguments.steps,
-        dtype=_DTYPES[arguments.dtype],
+        arguments.base, arguments.rounds, steps=arguments.steps, dtype=_DTYPES[arguments.dtype]
     )
     print_rows(rows)
     path = write_result(

@@ -1,32 +1,33 @@
 """What it costs a request of the base model that adapters could be used beside it: nothing, within the interval.
 
 Two engines in one process: one as it is served, 16 adapters resident and none used; in the other one every adapted
-layer was replaced by the plain `nn.Linear` it stands for, the same runner, attention, scheduler and sampler around it.
-Both answer the same batch, taking turns step by step, so that a round of both is one stretch of the machine's time.
+layer was replaced by a plain one over the same base weights (packed where they are packed, joined where they are
+joined), with the same runner, attention, scheduler and sampler around it. Both answer the same batch, taking turns step
+by step, so that a round of both is one stretch of the machine's time.
 
     python -m benchmarks.unpatched --base ~/.flora/bases/smollm2-135m-instruct
-
-Only the `hf` runner has layers to put back. A runner that has no module of its own per layer is compared with nothing
-here; its base-only step is the base engine of `benchmarks.engine`.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from benchmarks.command import add_runner, engine_settings, parse, parser_of
 from benchmarks.own_engine import OwnEngine, first_token_agreement
-from benchmarks.results_file import Row, own_side, print_rows, use_cores, write_result
+from benchmarks.results_file import Row, own_side, print_rows, write_result
 from benchmarks.workload import Batch, random_adapter
 from storage.base_checkpoint import read_base_facts
 from storage.identity import AdapterVersion, sha256_hex
 from workers.config import EngineSettings
 from workers.engine.engine import Engine
 from workers.models.hf import HfRunner
+from workers.models.native.runner import NativeRunner
 from workers.row_form.adapted_linear import AdaptedLinear
+from workers.row_form.base_linear import BaseLinear
+from workers.row_form.joint_linear import JointLinear
 
 CLAIM = "Requests of the base model are as fast as in a model without adapted layers."
 SEED = 0
@@ -35,32 +36,55 @@ _WARM_UP_TOKENS = 4
 _LEAST_AGREEMENT = 0.9
 
 
+class PlainLinear(nn.Module):
+    """What an adapted layer would be if there were no adapters."""
+
+    def __init__(self, base: BaseLinear) -> None:
+        super().__init__()
+        self._base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._base.matmul(x)
+        return y if self._base.bias_O is None else y + self._base.bias_O
+
+
+class PlainJointLinear:
+    """The same for projections that run as one product."""
+
+    def __init__(self, joint: JointLinear) -> None:
+        self._plain = PlainLinear(joint._joint)
+        self._sizes = joint._sizes
+
+    def __call__(self, x_TI: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(self._plain(x_TI), self._sizes, dim=1)
+
+
 def unpatch(engine: Engine) -> int:
-    """Put a plain `nn.Linear` over the same weight in every adapted layer's place; returns how many there were.
+    """Put a plain layer in every adapted layer's place; returns how many there were.
 
     The engine answers requests of the base model only from now on.
     """
-    if not isinstance(engine.runner, HfRunner):
-        raise TypeError(f"{type(engine.runner).__name__} has no adapted layers to put back")
-    model = engine.runner._model
-    adapted = {
-        path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)
-    }
-    for path, layer in adapted.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, _plain(layer))
-    return len(adapted)
-
-
-def _plain(layer: AdaptedLinear) -> nn.Linear:
-    weight_OI = layer.base.dequantised_slice(slice(None), slice(None))
-    bias_O = layer.base.bias_O
-    with torch.device("meta"):
-        plain = nn.Linear(layer.base.in_features, layer.base.out_features, bias=bias_O is not None)
-    plain.weight = nn.Parameter(weight_OI, requires_grad=False)
-    if bias_O is not None:
-        plain.bias = nn.Parameter(bias_O, requires_grad=False)
-    return plain
+    runner = engine.runner
+    if not isinstance(runner, HfRunner):
+        raise TypeError(f"it is not known where {type(runner).__name__} keeps its layers")
+    replaced = 0
+    for block in runner._decoder._layers if isinstance(runner, NativeRunner) else ():
+        for name, part in vars(block).items():
+            if isinstance(part, AdaptedLinear):
+                setattr(block, name, PlainLinear(part.base))
+                replaced += 1
+            elif isinstance(part, JointLinear):
+                setattr(block, name, PlainJointLinear(part))
+                replaced += len(part._sizes)
+    if isinstance(runner, NativeRunner):
+        return replaced
+    model = runner._model
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, AdaptedLinear):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, PlainLinear(layer.base))
+            replaced += 1
+    return replaced
 
 
 def measure(
@@ -80,7 +104,6 @@ def measure(
     sized = (settings or EngineSettings()).model_copy(
         update={
             "base": str(base),
-            "runner": "hf",
             "max_sequences": batch.requests,
             "max_sequence_tokens": batch.prompt_tokens + batch.answer_tokens,
             "bank_rows": num_adapters,
@@ -131,24 +154,22 @@ def _ratio(patched: OwnEngine, unpatched: OwnEngine, batch: Batch, seed: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--base", type=Path, required=True, help="a model directory")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser = parser_of(__doc__, rounds=20)
+    add_runner(parser)
     parser.add_argument("--requests", type=int, default=Batch().requests)
     parser.add_argument("--answer-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
-    use_cores(arguments.threads)
+    arguments = parse(parser)
     batch = Batch(requests=arguments.requests, answer_tokens=arguments.answer_tokens)
-    rows = measure(arguments.base.expanduser(), arguments.rounds, batch=batch)
+    rows = measure(
+        arguments.base, arguments.rounds, batch=batch, settings=engine_settings(arguments)
+    )
     print_rows(rows)
     path = write_result(
         "unpatched",
         CLAIM,
         rows,
         seed=SEED,
-        workload=batch.as_dict(),
+        workload={**batch.as_dict(), "runner": arguments.runner},
         sides=[own_side("patched"), own_side("unpatched")],
     )
     print("wrote", path.name)

@@ -9,7 +9,7 @@ goes to stdout; vLLM's own words go to stderr.
     {"op": "quit"}
 
 Without adapters vLLM compiles its model; with adapters it does not, so a load without them is its fastest base model.
-Prefix caching is off: a prompt is computed whenever it is asked.
+Everything that is not a size is vLLM's default.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Peer:
             dtype="bfloat16",
             max_num_seqs=MAX_SEQUENCES,
             max_model_len=MAX_SEQUENCE_TOKENS,
-            enable_prefix_caching=False,
             **(lora if adapters else {}),
         )
         self._adapters = {

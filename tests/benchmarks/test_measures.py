@@ -22,13 +22,15 @@ from training.frozen_base import FrozenBase
 from workers.config import EngineSettings
 from workers.models.loading import load_base
 from workers.row_form.adapted_linear import AdaptedLinear
+from workers.row_form.joint_linear import JointLinear
 
 TINY = EngineSettings(dtype="float32", device="cpu", max_step_tokens=64)
 SMALL = Batch(requests=4, prompt_tokens=6, answer_tokens=5, vocabulary=200)
 
 
-def tiny_engine(directory: Path) -> OwnEngine:
-    return OwnEngine.with_adapters(TINY.model_copy(update={"base": str(directory)}), {})
+def tiny_engine(directory: Path, runner: str = "auto") -> OwnEngine:
+    settings = TINY.model_copy(update={"base": str(directory), "runner": runner})
+    return OwnEngine.with_adapters(settings, {})
 
 
 def test_the_engine_is_measured_on_every_side_of_the_table(tiny_llama_dir: Path) -> None:
@@ -87,15 +89,18 @@ def test_an_unknown_adapter_ends_a_measurement(tiny_llama_dir: Path) -> None:
         side.close()
 
 
-def test_unpatching_leaves_no_adapted_layer_and_the_same_answers(tiny_llama_dir: Path) -> None:
-    side = tiny_engine(tiny_llama_dir)
+@pytest.mark.parametrize("runner", ["hf", "native"])
+def test_unpatching_leaves_no_adapted_layer_in_use_and_the_same_answers(
+    tiny_llama_dir: Path, runner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = tiny_engine(tiny_llama_dir, runner)
     try:
         before = side.run(SMALL.prompts(0), [None] * 4, 5)
         assert unpatched.unpatch(side.engine) == len(
             read_base_facts(tiny_llama_dir, "").projections
         )
-        modules = side.engine.runner._model.modules()  # type: ignore[attr-defined]
-        assert not any(isinstance(module, AdaptedLinear) for module in modules)
+        monkeypatch.delattr(AdaptedLinear, "forward")
+        monkeypatch.delattr(JointLinear, "__call__")
         assert side.run(SMALL.prompts(0), [None] * 4, 5).answers == before.answers
     finally:
         side.close()

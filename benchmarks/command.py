@@ -1,0 +1,39 @@
+"""What every benchmark's command line has."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from benchmarks.results_file import use_cores
+from workers.config import EngineSettings
+
+
+def parser_of(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """A parser of `--base`, `--rounds` and `--threads`, to be read by `parse`."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path, required=True, help="a model directory")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+def add_runner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runner", choices=["auto", "hf", "native"], default="auto")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; from now on this process computes with `--threads` threads on as many cores."""
+    arguments = parser.parse_args()
+    use_cores(arguments.threads)
+    arguments.base = arguments.base.expanduser()
+    return arguments
+
+
+def engine_settings(arguments: argparse.Namespace) -> EngineSettings:
+    """An engine's defaults, with the runner asked for."""
+    return EngineSettings(runner=arguments.runner)
