@@ -9,7 +9,10 @@ Shape legend: T tokens in the step, H query heads, K key/value heads, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from storage.errors import InvalidRequestError
+from workers.models.wrapping import linear_layers
 
 IMPLEMENTATION = "flora"
 BACKEND_ARGUMENT = "flora_attention"
@@ -29,6 +33,7 @@ _LACKING: Mapping[str, str] = {
 }
 # Rotary scalings whose frequencies change for a whole batch once its longest sequence outgrows the trained length.
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_PROBE_TOKENS = 3
 
 
 class Attend(Protocol):
@@ -70,7 +75,7 @@ class AttentionProbe:
 
 
 def adopt_attention(model: PreTrainedModel, max_tokens: int) -> tuple[int, int]:
-    """Switch a model to back ends of ours, and check that it needs nothing they lack.
+    """Switch a model to back ends of ours, and check that it needs nothing they lack, nor adapted layers.
 
     Args:
         model: changed in place; from now on every forward needs `BACKEND_ARGUMENT`.
@@ -86,9 +91,14 @@ def adopt_attention(model: PreTrainedModel, max_tokens: int) -> tuple[int, int]:
     _refuse_by_config(model, config, max_tokens)
     model.set_attn_implementation(IMPLEMENTATION)
     probe = AttentionProbe(max_tokens)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    with torch.inference_mode():
-        model(input_ids=token, position_ids=token, use_cache=False, **{BACKEND_ARGUMENT: probe})
+    positions_1T = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    with torch.inference_mode(), _every_linear_sees_every_token(model):
+        model(
+            input_ids=torch.zeros_like(positions_1T),
+            position_ids=positions_1T,
+            use_cache=False,
+            **{BACKEND_ARGUMENT: probe},
+        )
     if sorted(probe.kv_shapes) != list(range(config.num_hidden_layers)):
         raise _refusal(model, "layers that are not self-attention (recurrent or linear ones)")
     shapes = {shape for pair in probe.kv_shapes.values() for shape in pair}
@@ -98,8 +108,41 @@ def adopt_attention(model: PreTrainedModel, max_tokens: int) -> tuple[int, int]:
     return num_kv_heads, head_dim
 
 
+@contextmanager
+def _every_linear_sees_every_token(model: PreTrainedModel) -> Iterator[None]:
+    """Around one forward of the probe's tokens: an adapted layer takes its tokens to be those of the step, in order.
+
+    Raises:
+        InvalidRequestError: a layer that adapters may name saw some of the tokens only, or none.
+    """
+    num_seen: Counter[str] = Counter()
+
+    def counting(path: str) -> Any:
+        def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            num_seen[path] += arguments[0].shape[:-1].numel()
+
+        return count
+
+    layers = linear_layers(model)
+    hooks = [layer.register_forward_pre_hook(counting(path)) for path, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for path in layers:
+        if num_seen[path] != _PROBE_TOKENS:
+            raise InvalidRequestError(
+                f"{type(model).__name__} does not send every token once through {path} (an expert's layer?), "
+                "so tokens cannot be told apart there",
+                param="engine.base",
+            )
+
+
 def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> None:
     """What does not reach the attention function as an argument."""
+    if config is not model.config:
+        raise _refusal(model, "inputs other than text")
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise _refusal(model, "cross attention")
     if model._is_stateful:
@@ -115,14 +158,23 @@ def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> N
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
     if not model._supports_attention_backend:
         raise _refusal(model, "an attention of its own (no transformers AttentionInterface)")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise _refusal(model, "positions that it counts itself (it takes no position_ids)")
+    for rope in _ropes(config):
+        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and max_tokens > original:
+            raise _refusal(
+                model,
+                f"{rope['rope_type']} rotary scaling, which depends on the longest sequence of a batch; "
+                f"set max_sequence_tokens to at most {original}",
+            )
+
+
+def _ropes(config: Any) -> list[Mapping[str, Any]]:
+    """The rotary settings of all layers, or of each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and max_tokens > original:
-        raise _refusal(
-            model,
-            f"{rope['rope_type']} rotary scaling, which depends on the longest sequence of a batch; "
-            f"set max_sequence_tokens to at most {original}",
-        )
+    by_kind = [one for one in rope.values() if isinstance(one, Mapping)]
+    return by_kind or [rope]
 
 
 def _attention(

@@ -1,0 +1,114 @@
+"""A tiny random model of every family that is served, saved as its makers would, and adapters of PEFT's over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from storage.adapter_directory import read_directory
+from storage.adapter_rows import AdapterRows
+from storage.formats.peft import read_peft
+from tests.storage.peft_adapters import adapted_weight
+from workers.models.wrapping import linear_layers
+
+VOCABULARY = 90
+MAX_TOKENS = 48
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GATED = {"intermediate_size": 40, "num_key_value_heads": 2, "head_dim": 6}
+_WIDE_WINDOW = {"sliding_window": MAX_TOKENS}
+
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "llama": ("llama", {**_GATED, "tie_word_embeddings": False}),
+    "llama-tied": ("llama", {**_GATED, "attention_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {**_GATED, **_WIDE_WINDOW}),
+    "qwen2": ("qwen2", {"intermediate_size": 40, "num_key_value_heads": 2}),
+    "qwen3": ("qwen3", _GATED),
+    "gemma": ("gemma", {**_GATED, "num_key_value_heads": 1}),
+    "gemma2": ("gemma2", {**_GATED, **_WIDE_WINDOW, "attn_logit_softcapping": None}),
+    "gemma3": ("gemma3_text", {**_GATED, **_WIDE_WINDOW, "query_pre_attn_scalar": 6}),
+    "phi": ("phi", {"intermediate_size": 40, "partial_rotary_factor": 0.5}),
+    "phi3": ("phi3", {"intermediate_size": 40, "num_key_value_heads": 2}),
+    "gpt2": ("gpt2", {"n_inner": 40}),
+    "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt_bigcode": ("gpt_bigcode", {"n_inner": 40, "multi_query": True}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "starcoder2": (
+        "starcoder2",
+        {"intermediate_size": 40, "num_key_value_heads": 2, **_WIDE_WINDOW},
+    ),
+    "pythia": ("gpt_neox", {"intermediate_size": 40, "rotary_pct": 0.25}),
+    "pythia-serial": ("gpt_neox", {"intermediate_size": 40, "use_parallel_residual": False}),
+    "opt": ("opt", {"ffn_dim": 40}),
+    "opt-projected": (
+        "opt",
+        {"ffn_dim": 40, "word_embed_proj_dim": 24, "do_layer_norm_before": False},
+    ),
+}
+
+
+def save_family(name: str, directory: Path) -> Path:
+    """Every parameter random, biases and norms too, so that none can be left out unnoticed."""
+    model_type, changes = FAMILIES[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**_COMMON, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+def loaded(directory: Path) -> PreTrainedModel:
+    """As transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval()
+
+
+def peft_adapter(
+    kind: type[PeftConfig], directory: Path, scratch: Path, seed: int
+) -> tuple[PeftModel, AdapterRows]:
+    """On every layer that PEFT calls linear, every tensor random."""
+    settings: dict[str, Any] = {"r": 3, "target_modules": "all-linear"}
+    if kind is LoraConfig:
+        settings |= {"lora_alpha": 2}
+    model = get_peft_model(loaded(directory), kind(**settings), autocast_adapter_dtype=False)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "hira_" in name:
+                parameter.copy_(0.5 * torch.randn_like(parameter))
+    model.save_pretrained(scratch)
+    return model.eval(), read_peft(read_directory(scratch)).rows
+
+
+def with_weights_of(rows: AdapterRows, directory: Path) -> PreTrainedModel:
+    """The model whose own weights are those the adapter stands for: no code of ours or PEFT's runs in it."""
+    model = loaded(directory)
+    layers = linear_layers(model)
+    with torch.no_grad():
+        for path, module_rows in rows.modules.items():
+            weight = layers[path].weight
+            if isinstance(layers[path], torch.nn.Linear):
+                weight.copy_(adapted_weight(weight, module_rows))
+            else:
+                weight.copy_(adapted_weight(weight.T, module_rows).T)
+    return model
+
+
+PEFT_KINDS: Mapping[str, type[PeftConfig]] = {"lora": LoraConfig, "hira": HiraConfig}

@@ -1,0 +1,125 @@
+"""Every family of models served: greedy tokens are those of transformers' own `generate`, adapters included.
+
+The reference with an adapter is PEFT's model, or for FLoRA's own form a model whose weights were changed; no code of
+ours runs in either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from storage.adapter_rows import AdapterRows
+from storage.identity import AdapterVersion
+from tests.workers.engine.small_engine import (
+    greedy,
+    prompt,
+    random_adapter,
+    run,
+    small_engine,
+    version,
+)
+from tests.workers.models.families import (
+    FAMILIES,
+    MAX_TOKENS,
+    PEFT_KINDS,
+    VOCABULARY,
+    loaded,
+    peft_adapter,
+    save_family,
+    with_weights_of,
+)
+from workers.engine.request import EngineRequest
+from workers.models.wrapping import linear_layers
+
+NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """A checkpoint, adapters on it, and who asks for what."""
+
+    directory: Path
+    adapters: Mapping[AdapterVersion, AdapterRows]
+    requests: Mapping[str, EngineRequest]
+    expected: Mapping[str, list[int]]  # by request, as the reference generates
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    folder = tmp_path_factory.mktemp("family")
+    directory = save_family(request.param, folder / "base")
+    base = loaded(directory)
+    references: dict[str, PreTrainedModel] = {"base": base, "base again": base}
+    adapters = {}
+    for number, (name, kind) in enumerate(PEFT_KINDS.items()):
+        references[name], adapters[version(number)] = peft_adapter(
+            kind, directory, folder / name, seed=number
+        )
+    shapes = {
+        path: (layer.weight.shape[1], layer.weight.shape[0])
+        if isinstance(layer, torch.nn.Linear)
+        else tuple(layer.weight.shape)
+        for path, layer in linear_layers(base).items()
+    }
+    flora = random_adapter(shapes, "flora0", lambda module: 1 + module % 4, seed=5)
+    adapters[version(2)] = flora
+    references["flora"] = with_weights_of(flora, directory)
+    users = [None, None, version(0), version(1), version(2)]
+    requests = {
+        name: greedy(name, prompt(number, 3 + 4 * number, VOCABULARY), user, NEW_TOKENS)
+        for number, (name, user) in enumerate(zip(references, users, strict=True))
+    }
+    expected = {
+        name: _generated(references[name], one.prompt_token_ids) for name, one in requests.items()
+    }
+    return Family(directory, adapters, requests, expected)
+
+
+def _generated(model: PreTrainedModel, prompt_token_ids: tuple[int, ...]) -> list[int]:
+    ids = torch.tensor([prompt_token_ids])
+    made = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(made[0, ids.shape[1] :].tolist())
+
+
+def _answers(
+    family: Family,
+    requests: list[EngineRequest],
+    adapters: Mapping[AdapterVersion, AdapterRows] | None = None,
+) -> dict[str, list[int]]:
+    engine = small_engine(
+        family.directory,
+        family.adapters if adapters is None else adapters,
+        max_sequence_tokens=MAX_TOKENS,
+        max_step_tokens=16,
+    )
+    return {name: answer.tokens for name, answer in run(engine, requests).items()}
+
+
+def test_answers_alone_and_in_a_mixed_batch_are_the_references(family: Family) -> None:
+    assert _answers(family, list(family.requests.values())) == family.expected
+    alone = {}
+    for request in family.requests.values():
+        alone |= _answers(family, [request])
+    assert alone == family.expected
+
+
+def test_a_dropped_or_swapped_adapter_gives_other_answers(family: Family) -> None:
+    adapted = [one for one in family.requests.values() if not one.adapters.is_base]
+    names = list(family.adapters)
+    swapped = {one: family.adapters[names[i - 1]] for i, one in enumerate(names)}
+    for wrong_rows in (dict.fromkeys(names, AdapterRows()), swapped):
+        for name, tokens in _answers(family, adapted, wrong_rows).items():
+            assert tokens != family.expected[name], name
