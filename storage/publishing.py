@@ -59,7 +59,7 @@ def publish_adapter(
             created_s=clock(),
             source=source,
             base_name=base.name,
-            warnings=_base_warnings(adapter, base),
+            warnings=_base_warnings(adapter, base) + _layer_warnings(base),
         ),
     )
     registry.publish(name, files, manifest.content, provenance=manifest.provenance, alias=alias)
@@ -99,6 +99,15 @@ def _base_warnings(adapter: PeftAdapter, base: BaseFacts) -> tuple[str, ...]:
             f"{adapter.family} adapters multiply or measure the base's weights, so it would compute something else"
         )
     return (f"made for another base model ({made_for[:12]}…) than {base.name}; the shapes match",)
+
+
+def _layer_warnings(base: BaseFacts) -> tuple[str, ...]:
+    if base.are_layers_known:
+        return ()
+    return (
+        f"{base.name} is of an architecture whose layers cannot be told from its files; whether it has those of the "
+        "adapter shows when it is first used",
+    )
 
 
 def _content(files: Mapping[str, bytes], adapter: PeftAdapter, base: BaseFacts) -> ManifestContent:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from storage.base_checkpoint import BaseFacts, read_base_facts
+from storage.config import StorageSettings
 from storage.errors import SpecificationError
 from training.adapter_run import AdapterData
 from training.example_stream import mixed_seed
@@ -21,7 +22,7 @@ from training.examples import Example, read_examples
 from training.initial_rows import check_targets
 from training.spec import AdapterSpec, TrainingSpec
 from training.tokens import TokenisedSet, tokenise
-from workers.models.loading import find_base, load_tokenizer
+from workers.models.loading import find_base, load_config, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,22 @@ class JobPlan:
         return max(-(-steps // every) for steps in self.num_steps.values())
 
 
-def plan_job(spec: TrainingSpec, num_workers: int) -> JobPlan:
+def plan_job(
+    spec: TrainingSpec, num_workers: int, storage: StorageSettings | None = None
+) -> JobPlan:
     """Read and tokenise everything a job needs.
+
+    Args:
+        storage: how a base model in S3 is reached.
 
     Raises:
         SpecificationError: names the adapter, the file or the module.
         InvalidRequestError: there is no such base model.
     """
-    directory = find_base(spec.base)
+    directory = find_base(spec.base, storage)
     base = read_base_facts(directory, spec.base_id)
-    tokenizer = load_tokenizer(spec.base)
-    config = AutoConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(str(directory))
+    config = load_config(str(directory))
     stop_ids = _stop_ids(config, directory, tokenizer)
     data: dict[str, AdapterData] = {}
     for adapter in spec.adapters:

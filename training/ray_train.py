@@ -46,7 +46,7 @@ from training.job_settings import JobAreas, job_directory
 from training.publishing import publisher
 from training.spec import TrainingSpec
 from training.trainer import MultiAdapterTrainer
-from workers.models.loading import load_base
+from workers.models.loading import find_base, load_base
 
 _POLL_S = 0.2
 
@@ -101,7 +101,7 @@ def run_training(
     """
     directory = job_directory(settings, job_id)
     open_store(settings.storage)  # a registry that cannot take the result should be told now
-    plan = plan_job(spec, settings.training.num_workers)
+    plan = plan_job(spec, settings.training.num_workers, settings.storage)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     tell = EventWriter(directory / EVENTS_FILE)
@@ -239,7 +239,8 @@ def _train_share(config: Mapping[str, Any]) -> None:
 def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> MultiAdapterTrainer:
     device = ray.train.torch.get_device()
     adapters = [adapter for adapter in task.spec.adapters if adapter.name in share]
-    loaded = load_base(task.spec.base, getattr(torch, task.spec.dtype), device)
+    base = find_base(task.spec.base, task.storage)
+    loaded = load_base(str(base), getattr(torch, task.spec.dtype), device)
     return MultiAdapterTrainer(
         FrozenBase.adopt(loaded, max_tokens=max(one.sequence_length for one in adapters)),
         [AdapterRun(one, task.data[one.name], task.num_steps[one.name]) for one in adapters],

@@ -169,7 +169,10 @@ class TrainingSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    base: str = Field(min_length=1, description="A directory in transformers' layout, or a hub id.")
+    base: str = Field(
+        min_length=1,
+        description="A directory in transformers' layout, a .gguf file, s3://bucket/prefix with either, or a hub id.",
+    )
     base_id: str = Field(
         default="", description="What users call the base; its last part if unset."
     )

@@ -198,7 +198,7 @@ def _data_path(text: str, directory: Path, location: Location, source: _Source) 
 
 def _base_path(text: str, directory: Path) -> str:
     path = directory / Path(text).expanduser()
-    return str(path.resolve()) if path.is_dir() else text
+    return str(path.resolve()) if path.exists() else text
 
 
 def _as_written(location: Location, places: list[Location], values: Mapping[str, Any]) -> Location:

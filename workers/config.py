@@ -14,7 +14,7 @@ class EngineSettings(BaseModel):
 
     base: str = Field(
         default="~/.flora/bases/smollm2-135m-instruct",
-        description="A local directory in transformers' layout, or a hub id.",
+        description="A directory in transformers' layout, a .gguf file, s3://bucket/prefix with either, or a hub id.",
     )
     base_id: str = Field(
         default="smollm2-135m-instruct",

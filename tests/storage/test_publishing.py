@@ -93,6 +93,12 @@ def test_a_lora_made_for_another_base_of_the_same_shapes_is_published_with_a_war
     assert "another base model" in warning
 
 
+def test_a_base_whose_layers_only_the_engine_knows_is_a_warning(registry: Registry) -> None:
+    base = replace(_BASE, are_layers_known=False)
+    (warning,) = publish_adapter(registry, NAME, _flora(), base).provenance.warnings
+    assert "shows when it is first used" in warning
+
+
 def test_a_peft_directory_is_bound_to_the_base_it_is_pushed_for(
     registry: Registry, tmp_path: Path
 ) -> None:
@@ -120,6 +126,7 @@ def test_a_peft_directory_is_bound_to_the_base_it_is_pushed_for(
     [
         (_flora(path="model.layers.7.mlp.up_proj"), "'model.layers.7.mlp.up_proj', which is not"),
         (_flora(path="lm_head"), "'lm_head', which is not"),
+        (_flora(path="transformer.wte"), "can be adapted (embeddings, norms and the output head"),
         (_flora(num_in=9), f"{_Q}.hira_A' is for 9 input features; expected 8"),
         (_flora(num_out=7), f"{_Q}.hira_B' is for 7 output features; expected 6"),
         (_flora(path=_UP), f"{_UP}.hira_B' is for 6 output features; expected 10"),

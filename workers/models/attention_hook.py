@@ -160,8 +160,9 @@ def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> N
         raise _refusal(model, "an attention of its own (no transformers AttentionInterface)")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise _refusal(model, "positions that it counts itself (it takes no position_ids)")
+    longest = getattr(config, "max_position_embeddings", max_tokens)
     for rope in _ropes(config):
-        original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+        original = rope.get("original_max_position_embeddings", longest)
         if rope.get("rope_type") in _BATCH_DEPENDENT_ROPE and max_tokens > original:
             raise _refusal(
                 model,

@@ -35,7 +35,8 @@ class HfRunner:
     def __init__(self, base: LoadedBase, settings: EngineSettings) -> None:
         model = base.model
         config = model.config.get_text_config(decoder=True)
-        max_tokens = min(settings.max_sequence_tokens, config.max_position_embeddings)
+        own_limit = getattr(config, "max_position_embeddings", settings.max_sequence_tokens)
+        max_tokens = min(settings.max_sequence_tokens, own_limit)
         num_kv_heads, head_dim = adopt_attention(model, max_tokens)
         self._model = model
         self._base_digest = base.digest

@@ -39,14 +39,30 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2": ("qwen2", {"intermediate_size": 40, "num_key_value_heads": 2}),
     "qwen3": ("qwen3", _GATED),
     "gemma": ("gemma", {**_GATED, "num_key_value_heads": 1}),
-    "gemma2": ("gemma2", {**_GATED, **_WIDE_WINDOW, "attn_logit_softcapping": None}),
-    "gemma3": ("gemma3_text", {**_GATED, **_WIDE_WINDOW, "query_pre_attn_scalar": 6}),
+    # Untied: with their embeddings' scale, tied ones of a random model answer with the prompt's last token forever.
+    "gemma2": (
+        "gemma2",
+        {
+            **_GATED,
+            **_WIDE_WINDOW,
+            "attn_logit_softcapping": None,
+            "query_pre_attn_scalar": 6,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {**_GATED, **_WIDE_WINDOW, "query_pre_attn_scalar": 6, "tie_word_embeddings": False},
+    ),
     "phi": ("phi", {"intermediate_size": 40, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", {"intermediate_size": 40, "num_key_value_heads": 2}),
     "gpt2": ("gpt2", {"n_inner": 40}),
-    "gpt2-scaled": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-scaled": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    ),
     "gpt_bigcode": ("gpt_bigcode", {"n_inner": 40, "multi_query": True}),
-    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False}),
+    "gpt_bigcode-heads": ("gpt_bigcode", {"multi_query": False, "tie_word_embeddings": False}),
     "starcoder2": (
         "starcoder2",
         {"intermediate_size": 40, "num_key_value_heads": 2, **_WIDE_WINDOW},
@@ -61,8 +77,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 
 
-def save_family(name: str, directory: Path) -> Path:
-    """Every parameter random, biases and norms too, so that none can be left out unnoticed."""
+def save_family(name: str, directory: Path, *, bare: bool = False) -> Path:
+    """Every parameter random, biases and norms too, so that none can be left out unnoticed.
+
+    A bare checkpoint is of the decoder only, without its name and without a head.
+    """
     model_type, changes = FAMILIES[name]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**_COMMON, **changes})
@@ -71,7 +90,7 @@ def save_family(name: str, directory: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
+    (model.base_model if bare else model).save_pretrained(directory)
     return directory
 
 
@@ -95,6 +114,16 @@ def peft_adapter(
                 parameter.copy_(0.5 * torch.randn_like(parameter))
     model.save_pretrained(scratch)
     return model.eval(), read_peft(read_directory(scratch)).rows
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Module path → (in, out) features of every layer that adapters may name."""
+    return {
+        path: (layer.in_features, layer.out_features)
+        if isinstance(layer, torch.nn.Linear)
+        else (layer.nx, layer.nf)
+        for path, layer in linear_layers(model).items()
+    }
 
 
 def with_weights_of(rows: AdapterRows, directory: Path) -> PreTrainedModel:

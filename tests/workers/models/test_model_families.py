@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from storage.adapter_rows import AdapterRows
+from storage.base_checkpoint import read_base_facts
+from storage.errors import InvalidRequestError
 from storage.identity import AdapterVersion
 from tests.workers.engine.small_engine import (
     greedy,
@@ -29,13 +31,15 @@ from tests.workers.models.families import (
     MAX_TOKENS,
     PEFT_KINDS,
     VOCABULARY,
+    linear_shapes,
     loaded,
     peft_adapter,
     save_family,
     with_weights_of,
 )
 from workers.engine.request import EngineRequest
-from workers.models.wrapping import linear_layers
+from workers.models.loading import load_base
+from workers.models.native.decoder import SUPPORTED
 
 NEW_TOKENS = 8
 
@@ -45,29 +49,32 @@ class Family:
     """A checkpoint, adapters on it, and who asks for what."""
 
     directory: Path
+    runner: str
     adapters: Mapping[AdapterVersion, AdapterRows]
     requests: Mapping[str, EngineRequest]
     expected: Mapping[str, list[int]]  # by request, as the reference generates
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+RUNNERS = [
+    (name, runner)
+    for name, (model_type, _) in FAMILIES.items()
+    for runner in (("hf", "native") if model_type in SUPPORTED else ("hf",))
+]
+
+
+@pytest.fixture(scope="module", params=RUNNERS, ids="-".join)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    name, runner = request.param
     folder = tmp_path_factory.mktemp("family")
-    directory = save_family(request.param, folder / "base")
+    directory = save_family(name, folder / "base")
     base = loaded(directory)
     references: dict[str, PreTrainedModel] = {"base": base, "base again": base}
     adapters = {}
-    for number, (name, kind) in enumerate(PEFT_KINDS.items()):
-        references[name], adapters[version(number)] = peft_adapter(
-            kind, directory, folder / name, seed=number
+    for number, (kind_name, kind) in enumerate(PEFT_KINDS.items()):
+        references[kind_name], adapters[version(number)] = peft_adapter(
+            kind, directory, folder / kind_name, seed=number
         )
-    shapes = {
-        path: (layer.weight.shape[1], layer.weight.shape[0])
-        if isinstance(layer, torch.nn.Linear)
-        else tuple(layer.weight.shape)
-        for path, layer in linear_layers(base).items()
-    }
-    flora = random_adapter(shapes, "flora0", lambda module: 1 + module % 4, seed=5)
+    flora = random_adapter(linear_shapes(base), "flora0", lambda module: 1 + module % 4, seed=5)
     adapters[version(2)] = flora
     references["flora"] = with_weights_of(flora, directory)
     users = [None, None, version(0), version(1), version(2)]
@@ -78,7 +85,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     expected = {
         name: _generated(references[name], one.prompt_token_ids) for name, one in requests.items()
     }
-    return Family(directory, adapters, requests, expected)
+    return Family(directory, runner, adapters, requests, expected)
 
 
 def _generated(model: PreTrainedModel, prompt_token_ids: tuple[int, ...]) -> list[int]:
@@ -104,8 +111,14 @@ def _answers(
         family.adapters if adapters is None else adapters,
         max_sequence_tokens=MAX_TOKENS,
         max_step_tokens=16,
+        runner=family.runner,
     )
     return {name: answer.tokens for name, answer in run(engine, requests).items()}
+
+
+def test_the_references_differ_and_go_somewhere(family: Family) -> None:
+    assert len({token for tokens in family.expected.values() for token in tokens}) > NEW_TOKENS
+    assert len({tuple(tokens) for tokens in family.expected.values()}) == len(family.expected)
 
 
 def test_answers_alone_and_in_a_mixed_batch_are_the_references(family: Family) -> None:
@@ -123,3 +136,29 @@ def test_a_dropped_or_swapped_adapter_gives_other_answers(family: Family) -> Non
     for wrong_rows in (dict.fromkeys(names, AdapterRows()), swapped):
         for name, tokens in _answers(family, adapted, wrong_rows).items():
             assert tokens != family.expected[name], name
+
+
+def test_the_layers_are_known_from_the_files_alone(family: Family) -> None:
+    facts = read_base_facts(family.directory)
+    assert facts.projections == linear_shapes(loaded(family.directory))
+    assert facts.are_layers_known
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gpt_bigcode", "opt", "starcoder2"])
+def test_a_checkpoint_of_the_bare_decoder_is_the_same_model(name: str, tmp_path: Path) -> None:
+    whole = save_family(name, tmp_path / "whole")
+    bare = save_family(name, tmp_path / "bare", bare=True)
+    assert read_base_facts(bare).projections == read_base_facts(whole).projections
+    request = greedy("one", prompt(0, 9, VOCABULARY), max_tokens=NEW_TOKENS)
+    answers = [
+        run(small_engine(directory, max_sequence_tokens=MAX_TOKENS), [request])["one"].tokens
+        for directory in (whole, bare)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
+    """transformers would put random ones in their place."""
+    untied = save_family("llama", tmp_path / "bare", bare=True)
+    with pytest.raises(InvalidRequestError, match=r"lacks the tensor lm_head\.weight"):
+        load_base(str(untied), torch.float64, torch.device("cpu"))
