@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from storage.adapter_directory import read_directory
 from storage.adapter_rows import AdapterRows
 from storage.formats.peft import read_peft
-from tests.storage.peft_adapters import adapted_weight
 from workers.models.wrapping import linear_layers
+from workers.row_form.reference import reference_product
 
 VOCABULARY = 90
 MAX_TOKENS = 48
@@ -127,16 +127,15 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def with_weights_of(rows: AdapterRows, directory: Path) -> PreTrainedModel:
-    """The model whose own weights are those the adapter stands for: no code of ours or PEFT's runs in it."""
+    """The model whose own weights are those the adapter (of mul and add rows) stands for, by the definition."""
     model = loaded(directory)
     layers = linear_layers(model)
     with torch.no_grad():
         for path, module_rows in rows.modules.items():
-            weight = layers[path].weight
-            if isinstance(layers[path], torch.nn.Linear):
-                weight.copy_(adapted_weight(weight, module_rows))
-            else:
-                weight.copy_(adapted_weight(weight.T, module_rows).T)
+            layer = layers[path]
+            weight_OI = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T
+            one_II = torch.eye(weight_OI.shape[1])
+            weight_OI.copy_(reference_product(one_II, weight_OI, None, module_rows).T)
     return model
 
 
