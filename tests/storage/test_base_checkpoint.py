@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from storage.base_checkpoint import read_base_facts
 from storage.errors import InvalidRequestError
-from tests.storage.peft_adapters import linear_weights, tiny_llama
+from tests.storage.peft_adapters import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def _sharded(tensors: dict[str, Tensor], directory: Path, num_shards: int) -> Pa
 def test_projections_are_the_linear_layers_of_the_model_but_its_head(checkpoint: Path) -> None:
     facts = read_base_facts(checkpoint)
     expected = {
-        path: (weight.shape[1], weight.shape[0])
-        for path, weight in linear_weights(tiny_llama()).items()
-        if path != "lm_head"
+        path: (module.in_features, module.out_features)
+        for path, module in tiny_llama().named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
     }
     assert facts.projections == expected
     assert len(expected) == 14
