@@ -1,7 +1,7 @@
 """What a decoder of the Llama shape does between its matrix products, as compiled loops.
 
 Shape legend: T tokens, H hidden features, F features of the feed-forward part, X features of all heads of a token,
-D head dimension, M positions, L rows of logits, V vocabulary.
+D head dimension, M positions.
 """
 
 from __future__ import annotations
@@ -100,19 +100,6 @@ class SlabLoops:
             *(heads, keys_SKMD.shape[1], size, keys_SKMD.data_ptr(), values_SKMD.data_ptr()),
             *(keys_SKMD.shape[2], scale, output_THD.data_ptr(), output_THD.stride(0)),
         )
-
-
-class LogitLoops:
-    """Greedy choice in one pass over the logits."""
-
-    def __init__(self, loops: CompiledLoops, dtype: torch.dtype) -> None:
-        self._greatest = loops.function("greatest", dtype)
-
-    def greatest(self, logits_LV: Tensor) -> Tensor:
-        """Each row's first greatest place; -1 for a row with a value that is not finite. Rows are contiguous."""
-        place_L = torch.empty(logits_LV.shape[0], dtype=torch.int64)
-        self._greatest(logits_LV.data_ptr(), *logits_LV.shape, place_L.data_ptr())
-        return place_L
 
 
 def _token_major(x_THD: Tensor) -> Tensor:

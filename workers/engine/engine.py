@@ -22,6 +22,7 @@ from workers.engine.client import EngineLoad
 from workers.engine.kv_allocator import KvAllocator
 from workers.engine.prompt_scores import score_prompts
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+from workers.engine.sampling.greedy import choose_greatest
 from workers.engine.sampling.row import SampledToken
 from workers.engine.sampling.sampler import sample
 from workers.engine.scheduler import ScheduledSpan, Scheduler
@@ -62,6 +63,7 @@ class Engine:
         self._clock = clock
         self._wall_clock = wall_clock
         self._eos_token_ids = runner.shape.eos_token_ids
+        self._greatest = choose_greatest(runner.device, compiled=settings.compiled)
         blocks = BlockLedger(settings.kv_blocks, settings.kv_block_tokens)
         self.limits = RequestLimits(
             vocab_size=runner.shape.vocab_size,
@@ -237,7 +239,7 @@ class Engine:
             rows = [sampling_row(one, self._eos_token_ids) for one in answering]
             logits_LV = self.runner.forward(step)
             prompt_logprobs = score_prompts(spans, logits_LV[len(answering) :])
-            tokens = sample(logits_LV[: len(answering)], rows)
+            tokens = sample(logits_LV[: len(answering)], rows, self._greatest)
         except Exception:
             # What the step half wrote is lost with the requests that were in it; those that wait go on.
             _log.exception("an engine step of %d requests failed", len(spans))

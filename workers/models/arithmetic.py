@@ -6,7 +6,7 @@ All of them give the same results up to rounding; torch's run everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Arithmetic:
     make_linear: Callable[[Tensor, Tensor | None], BaseLinear] = DenseLinear
     product: Product = adapted_product
     epilogue: Epilogue | None = None
-    decoder: DecoderLoops = TorchDecoderLoops()
+    decoder: DecoderLoops = field(default_factory=TorchDecoderLoops)
     slabs: SlabLoops | None = None
 
 

@@ -97,7 +97,10 @@ class AdaptedLinear(nn.Module):
         y_TO = self._context.product(
             x_TI, self.base, self.rows.in_rows_NI, self.rows.out_rows_NO, index
         )
-        return y_TO.to(x.dtype).view(*x.shape[:-1], -1)
+        # Asked first: a conversion to the same type costs as much as a small layer's loops.
+        if y_TO.dtype != x.dtype:
+            y_TO = y_TO.to(x.dtype)
+        return y_TO if x.dim() == 2 else y_TO.view(*x.shape[:-1], -1)
 
 
 class AdapterLayers:

@@ -21,6 +21,7 @@ from tests.workers.engine.small_engine import (
     version,
 )
 from workers.engine.request import EngineRequest
+from workers.engine.sampling.greedy import Greatest
 from workers.engine.sampling.row import SampledToken, SamplingRow
 from workers.engine.sampling.sampler import sample
 
@@ -53,7 +54,12 @@ def shapes(tiny_llama_dir: Path) -> Shapes:
     return projections(tiny_llama_dir)
 
 
-def test_base_answers_are_those_of_transformers_generate(tiny_llama_dir: Path) -> None:
+@pytest.fixture(params=["hf", "native"])
+def runner(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_base_answers_are_those_of_transformers_generate(tiny_llama_dir: Path, runner: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64).eval()
     requests = [greedy(f"r{i}", prompt(i, 2 + 3 * i)) for i in range(6)]
     expected = {}
@@ -68,17 +74,17 @@ def test_base_answers_are_those_of_transformers_generate(tiny_llama_dir: Path) -
             pad_token_id=0,
         )
         expected[request.request_id] = made[0, ids.shape[1] :].tolist()
-    answers = run(small_engine(tiny_llama_dir), requests)
+    answers = run(small_engine(tiny_llama_dir, runner=runner), requests)
     assert {name: answer.tokens for name, answer in answers.items()} == expected
     assert len({tuple(tokens) for tokens in expected.values()}) > 1
 
 
 def test_answers_are_the_same_alone_and_in_a_mixed_batch(
-    tiny_llama_dir: Path, shapes: Shapes
+    tiny_llama_dir: Path, shapes: Shapes, runner: str
 ) -> None:
     adapters = mixed_adapters(shapes)
     requests = mixed_requests(adapters, 300, max_tokens=12)
-    engine = small_engine(tiny_llama_dir, adapters)
+    engine = small_engine(tiny_llama_dir, adapters, runner=runner)
     alone = {}
     for request in requests:
         alone |= run(engine, [request])
@@ -90,42 +96,49 @@ def test_answers_are_the_same_alone_and_in_a_mixed_batch(
 
 
 def test_the_mixed_batch_test_would_notice_a_dropped_or_a_swapped_adapter(
-    tiny_llama_dir: Path, shapes: Shapes
+    tiny_llama_dir: Path, shapes: Shapes, runner: str
 ) -> None:
     """The twin: without its adapter, or with its neighbour's, every request is answered otherwise."""
     adapters = mixed_adapters(shapes)
     requests = [one for one in mixed_requests(adapters, 300, 12) if not one.adapters.is_base]
-    right = run(small_engine(tiny_llama_dir, adapters), requests)
+    right = run(small_engine(tiny_llama_dir, adapters, runner=runner), requests)
     names = list(adapters)
     swapped = {one: adapters[names[i - 1]] for i, one in enumerate(names)}
     for wrong_rows in (dict.fromkeys(names, AdapterRows()), swapped):
-        wrong = run(small_engine(tiny_llama_dir, wrong_rows), requests)
+        wrong = run(small_engine(tiny_llama_dir, wrong_rows, runner=runner), requests)
         for name in right:
             assert wrong[name].tokens != right[name].tokens
 
 
 def test_prompts_cut_into_chunks_beside_decoding_requests_change_nothing(
-    tiny_llama_dir: Path, shapes: Shapes
+    tiny_llama_dir: Path, shapes: Shapes, runner: str
 ) -> None:
     adapters = mixed_adapters(shapes)
     requests = mixed_requests(adapters, 300, max_tokens=8)
-    whole = run(small_engine(tiny_llama_dir, adapters, max_step_tokens=512), requests)
-    cut = run(small_engine(tiny_llama_dir, adapters, max_sequences=5, max_step_tokens=7), requests)
+    whole = run(
+        small_engine(tiny_llama_dir, adapters, runner=runner, max_step_tokens=512), requests
+    )
+    cut = run(
+        small_engine(tiny_llama_dir, adapters, runner=runner, max_sequences=5, max_step_tokens=7),
+        requests,
+    )
     assert {name: one.tokens for name, one in cut.items()} == {
         name: one.tokens for name, one in whole.items()
     }
 
 
 def test_a_real_model_answers_the_same_alone_and_mixed(
-    smollm2_dir: Path, monkeypatch: pytest.MonkeyPatch
+    smollm2_dir: Path, monkeypatch: pytest.MonkeyPatch, runner: str
 ) -> None:
     """Float32: the same up to the first position where two tokens are closer than the arithmetic can tell."""
     gaps: list[float] = []
 
-    def watched(logits_LV: torch.Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
+    def watched(
+        logits_LV: torch.Tensor, rows: Sequence[SamplingRow], greatest: Greatest
+    ) -> list[SampledToken | None]:
         best = logits_LV.topk(2, dim=1).values
         gaps.extend((best[:, 0] - best[:, 1]).tolist())
-        return sample(logits_LV, rows)
+        return sample(logits_LV, rows, greatest)
 
     monkeypatch.setattr("workers.engine.engine.sample", watched)
     shapes = projections(smollm2_dir)
@@ -141,7 +154,7 @@ def test_a_real_model_answers_the_same_alone_and_mixed(
         greedy(f"r{i}", prompt(i, 6 + 5 * i, 49000), user, max_tokens=8)
         for i, user in enumerate(users)
     ]
-    engine = small_engine(smollm2_dir, adapters, dtype="float32")
+    engine = small_engine(smollm2_dir, adapters, dtype="float32", runner=runner)
     alone = {}
     sure = {}
     for request in requests:

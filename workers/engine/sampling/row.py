@@ -21,6 +21,16 @@ class SamplingRow:
     prompt: Sequence[int] = ()
     answer: Sequence[int] = ()
 
+    @property
+    def changes_logits(self) -> bool:
+        params = self.params
+        return bool(
+            params.logit_bias
+            or params.repetition_penalty != 1.0
+            or (params.counts_answer and self.answer)
+            or self.forbidden
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:

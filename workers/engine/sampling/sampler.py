@@ -12,12 +12,15 @@ from torch import Tensor
 
 from workers.engine.sampling.adjustments import adjust
 from workers.engine.sampling.drawing import draw
+from workers.engine.sampling.greedy import Greatest, torch_greatest
 from workers.engine.sampling.logprobs import token_logprobs
 from workers.engine.sampling.row import SampledToken, SamplingRow
 
 
 @torch.inference_mode()
-def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken | None]:
+def sample(
+    logits_LV: Tensor, rows: Sequence[SamplingRow], greatest: Greatest = torch_greatest
+) -> list[SampledToken | None]:
     """One token for every row, as `SamplingParams` describes; None for a row with a logit that is not finite.
 
     Args:
@@ -25,13 +28,16 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken 
     """
     if not rows:
         return []
-    lowest_L, highest_L = logits_LV.aminmax(dim=1)
-    is_finite_L = torch.isfinite(lowest_L) & torch.isfinite(highest_L)
+    token_L = greatest(logits_LV)
+    is_finite_L = token_L >= 0
     scored = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     # A copy, for the model's own logits are wanted when the token is known.
     own_NV = logits_LV[torch.tensor(scored, device=logits_LV.device)] if scored else None
-    adjust(logits_LV, rows)
-    token_L = logits_LV.argmax(dim=1)
+    changed = [index for index, row in enumerate(rows) if row.changes_logits]
+    if changed:
+        adjust(logits_LV, rows)
+        index_N = torch.tensor(changed, device=logits_LV.device)
+        token_L[index_N] = logits_LV[index_N].argmax(dim=1)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if drawn:
         index_N = torch.tensor(drawn, device=logits_LV.device)
