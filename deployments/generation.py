@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from deployments.answer_text import AnswerText, Delta
 from deployments.errors import ReplicaLostError, RequestTimeoutError, WrongAdapterError
 from deployments.gateway import EngineGateway, ReplicaOutputs
-from deployments.stop_strings import StopStrings
-from deployments.text import TextCodec
+from deployments.text import PromptText, TextCodec
 from storage.errors import FloraError
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput
-
-_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of an answer. The last one alone has a finish reason; `text` may be empty."""
-
-    text: str
-    finish_reason: str | None = None
 
 
 class Generation:
@@ -36,10 +26,16 @@ class Generation:
     Args:
         request: its id is unique in the cluster.
         stops: strings that end the answer and are not part of it.
+        echo: what to show before the answer, if anything.
     """
 
     def __init__(
-        self, gateway: EngineGateway, codec: TextCodec, request: EngineRequest, stops: list[str]
+        self,
+        gateway: EngineGateway,
+        codec: TextCodec,
+        request: EngineRequest,
+        stops: Sequence[str],
+        echo: PromptText | None = None,
     ) -> None:
         self.request = request
         self.num_tokens = 0
@@ -49,6 +45,7 @@ class Generation:
         self._gateway = gateway
         self._codec = codec
         self._stops = stops
+        self._echo = echo
         self._may_retry = True
         self._stream: AsyncGenerator[ReplicaOutputs, None] | None = None
         self._first: ReplicaOutputs | None = None
@@ -81,40 +78,31 @@ class Generation:
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. A replica lost now is an error: the client has seen a part."""
-        decoder = self._codec.decoder(self.request.prompt_token_ids)
-        stops = StopStrings(self._stops)
+        answer = AnswerText(self._codec, self.request, self._stops, self._echo)
         async with aclosing(self._outputs()) as outputs:
             async for output in outputs:
-                text = ""
-                for token in output.new_token_ids:
-                    self.num_tokens += 1
-                    piece = decoder.push(token)
-                    # Before min_tokens nothing may stop the answer.
-                    is_armed = self.num_tokens >= self.request.sampling.min_tokens
-                    text += stops.push(piece) if is_armed else piece
-                    if stops.found:
-                        yield Delta(text, "stop")
-                        return
-                if output.finish_reason is not None:
-                    text += stops.push(decoder.flush())
-                    text += stops.flush()
-                    reason = "stop" if stops.found else _REASONS[output.finish_reason]
-                    yield Delta(text, reason)
+                delta = answer.push(output)
+                self.num_tokens = answer.num_tokens
+                if not delta.is_empty:
+                    yield delta
+                if delta.finish_reason is not None:
                     return
-                if text:
-                    yield Delta(text)
 
     async def text(self) -> Delta:
         """The whole answer. Nobody has seen anything yet, so a lost replica's work is done again elsewhere, once."""
         while True:
             try:
                 await self.start()
-                pieces = [delta async for delta in self.deltas()]
+                deltas = [delta async for delta in self.deltas()]
             except ReplicaLostError as error:
                 self._retry_or_raise(error)
                 self.num_tokens = 0
                 continue
-            return Delta("".join(delta.text for delta in pieces), pieces[-1].finish_reason)
+            return Delta(
+                "".join(delta.text for delta in deltas),
+                deltas[-1].finish_reason,
+                tuple(token for delta in deltas for token in delta.tokens),
+            )
 
     async def close(self) -> None:
         """Abort what is still running. May be repeated."""

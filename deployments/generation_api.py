@@ -11,18 +11,20 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from deployments.answer_text import Delta
 from deployments.api import Api, new_request_id
 from deployments.errors import http_error
 from deployments.event_stream import EventStreamResponse, merged
-from deployments.generation import Delta, Generation
+from deployments.generation import Generation
 from deployments.openai_responses import DONE, Kind, ResponseWriter, Usage, event
 from deployments.openai_schema import (
-    DEFAULT_MAX_TOKENS,
+    MAX_CHOICES,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
 )
-from storage.errors import ContextLengthError
+from deployments.text import PromptText
+from storage.errors import ContextLengthError, InvalidRequestError
 from workers.engine.request import EngineRequest
 
 router = APIRouter()
@@ -32,10 +34,10 @@ Result = TypeVar("Result")
 
 @router.post("/v1/completions")
 async def complete(request: Request, body: CompletionRequest) -> Response:
-    """Continue each prompt; a list of prompts has one choice each."""
+    """Continue each prompt; a list of prompts has `n` choices for each, in their order."""
     api: Api = request.app.state.api
-    prompts = await asyncio.to_thread(_encode_all, api, body.prompts())
-    limit = body.max_tokens or DEFAULT_MAX_TOKENS
+    limit = body.token_limit()
+    prompts = await asyncio.to_thread(_read_all, api, body.prompts(), body.echoes_prompt)
     return await _answer(request, body, "completion", prompts, limit)
 
 
@@ -46,19 +48,27 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     messages = [message.as_template_input() for message in body.messages]
     prompt = await asyncio.to_thread(api.codec.encode_chat, messages)
     limit = body.token_limit() or max(1, api.codec.context_tokens - len(prompt))
-    return await _answer(request, body, "chat", [prompt], limit)
+    return await _answer(request, body, "chat", [_Prompt(prompt)], limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    token_ids: Sequence[int]
+    echo: PromptText | None = None  # how to show it before each of its answers
 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    """The generations of one HTTP request."""
+    """The generations of one HTTP request: `n` for each of its prompts, one after another."""
 
     generations: list[Generation]
+    n: int
 
     @property
     def usage(self) -> Usage:
+        """A prompt counts once, however many answers it has."""
         return Usage(
-            sum(len(each.request.prompt_token_ids) for each in self.generations),
+            sum(len(each.request.prompt_token_ids) for each in self.generations[:: self.n]),
             sum(each.num_tokens for each in self.generations),
         )
 
@@ -86,13 +96,21 @@ async def _answer(
     request: Request,
     body: GenerationRequest,
     kind: Kind,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[_Prompt],
     max_tokens: int,
 ) -> Response:
     api: Api = request.app.state.api
-    answers = _Answers(await _generations(api, request, body, prompts, max_tokens))
+    answers = _Answers(
+        await _generations(api, request, body, prompts, max_tokens), body.num_answers
+    )
     writer = ResponseWriter(
-        kind, new_request_id(), body.model, int(time.time()), body.wants_usage_chunk
+        kind,
+        api.codec.tokens,
+        new_request_id(),
+        body.model,
+        int(time.time()),
+        with_usage=body.wants_usage_chunk,
+        with_logprobs=body.num_logprobs is not None,
     )
     if body.stream:
         return await _stream(answers, writer)
@@ -107,13 +125,20 @@ async def _generations(
     api: Api,
     request: Request,
     body: GenerationRequest,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[_Prompt],
     max_tokens: int,
 ) -> list[Generation]:
-    """One generation for each prompt, none of them started. Raises what is wrong with the request."""
-    stops, sampling = body.stop_strings(), body.sampling(max_tokens)
+    """`n` generations for each prompt, none of them started. Raises what is wrong with the request."""
+    if len(prompts) * body.num_answers > MAX_CHOICES:
+        raise InvalidRequestError(
+            f"{len(prompts)} prompts with {body.num_answers} answers each are more than {MAX_CHOICES} choices",
+            param="n",
+        )
+    stops = body.stop_strings()
+    # Without a seed of the client's, each prompt gets one of its own.
+    samplings = [body.sampling(max_tokens) for _ in prompts]
     for prompt in prompts:
-        _check_length(api, prompt, max_tokens)
+        _check_length(api, prompt.token_ids, max_tokens)
     model = await api.names.resolve(body.model, api.tenant)
     request_id = new_request_id()
     return [
@@ -122,9 +147,9 @@ async def _generations(
             api.codec,
             EngineRequest(
                 # Not the client's own id, which it may use twice at a time.
-                request_id=f"{request_id}-{index}",
-                prompt_token_ids=tuple(prompt),
-                sampling=sampling,
+                request_id=f"{request_id}-{index}-{choice}",
+                prompt_token_ids=tuple(prompt.token_ids),
+                sampling=sampling.of_choice(choice),
                 adapters=model.adapters,
                 tenant=api.tenant,
                 deadline_s=time.time() + api.request_timeout_s,
@@ -132,8 +157,10 @@ async def _generations(
                 work_per_token=model.work_per_token,
             ),
             stops,
+            prompt.echo,
         )
-        for index, prompt in enumerate(prompts)
+        for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+        for choice in range(body.num_answers)
     ]
 
 
@@ -166,8 +193,14 @@ async def _events(answers: _Answers, writer: ResponseWriter) -> AsyncGenerator[b
     yield DONE
 
 
-def _encode_all(api: Api, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
-    return [api.codec.encode(each) if isinstance(each, str) else each for each in prompts]
+def _read_all(
+    api: Api, prompts: Sequence[str] | Sequence[list[int]], echoes: bool
+) -> list[_Prompt]:
+    read = []
+    for prompt in prompts:
+        tokens = api.codec.encode(prompt) if isinstance(prompt, str) else prompt
+        read.append(_Prompt(tokens, api.codec.prompt_text(prompt, tokens) if echoes else None))
+    return read
 
 
 def _check_length(api: Api, prompt: Sequence[int], max_tokens: int) -> None:

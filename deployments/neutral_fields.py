@@ -13,7 +13,7 @@ from storage.errors import UnsupportedFieldError
 
 
 def _is_one_of(*values: object) -> Callable[[Any], bool]:
-    # `is`-like for booleans: 0 == False in Python, but logprobs: 0 asks for something and false does not.
+    # Not 0 for False: a number may ask for something where false does not.
     return lambda value: any(type(value) is type(one) and value == one for one in values)
 
 
@@ -30,24 +30,17 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {
     "audio": _is_one_of(),
     "best_of": _is_number(1),
     "echo": _is_one_of(False),
-    "frequency_penalty": _is_number(0),
     "function_call": _is_one_of("none", "auto"),
     "functions": _is_one_of([]),
-    "logit_bias": _is_one_of({}),
-    "logprobs": _is_one_of(False),
     "metadata": _is_anything,
-    "min_p": _is_number(0),
     "modalities": _is_one_of(["text"]),
-    "n": _is_number(1),
     "name": _is_one_of(""),
     "parallel_tool_calls": _is_anything,
     "prediction": _is_one_of(),
-    "presence_penalty": _is_number(0),
     "prompt_cache_key": _is_anything,
     "prompt_cache_retention": _is_anything,
     "reasoning_effort": _is_one_of("none"),
     "refusal": _is_one_of(""),
-    "repetition_penalty": _is_number(1),
     "response_format": _is_one_of({"type": "text"}),
     "safety_identifier": _is_anything,
     "service_tier": _is_one_of("auto", "default"),

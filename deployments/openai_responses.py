@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deployments.generation import Delta
+from deployments.answer_text import Delta, ScoredToken
+from deployments.openai_logprobs import chat_logprobs, completion_logprobs
+from deployments.token_text import TokenTexts
 
 Kind = Literal["completion", "chat"]
 _PREFIX: dict[Kind, str] = {"completion": "cmpl-", "chat": "chatcmpl-"}
@@ -35,16 +37,20 @@ class ResponseWriter:
     """Writes one response, whole or in chunks.
 
     Args:
+        texts: what tokens are called in log-probabilities.
         model: as the client named it.
         created_s: seconds since 1970.
         with_usage: chunks end with one that has the usage; the others say null.
+        with_logprobs: a choice has log-probabilities, be they of no token at all.
     """
 
     kind: Kind
+    texts: TokenTexts
     response_id: str
     model: str
     created_s: int
     with_usage: bool = False
+    with_logprobs: bool = False
 
     def whole(self, answers: list[Delta], usage: Usage) -> dict[str, Any]:
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
@@ -58,11 +64,13 @@ class ResponseWriter:
 
     def piece(self, index: int, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of a piece of text: with its finish reason, if it has one, in a chunk of its own for chat."""
+        logprobs = self._logprobs(delta.tokens) if delta.tokens else None
         if self.kind == "completion":
-            return [self._chunk(index, {"text": delta.text}, delta.finish_reason)]
+            return [self._chunk(index, {"text": delta.text}, delta.finish_reason, logprobs)]
         chunks = []
-        if delta.text:
-            chunks.append(self._chunk(index, {"delta": {"content": delta.text}}))
+        if delta.text or delta.tokens:
+            content = {"delta": {"content": delta.text}}
+            chunks.append(self._chunk(index, content, logprobs=logprobs))
         if delta.finish_reason:
             chunks.append(self._chunk(index, {"delta": {}}, delta.finish_reason))
         return chunks
@@ -80,9 +88,13 @@ class ResponseWriter:
         }
 
     def _chunk(
-        self, index: int, content: dict[str, Any], finish_reason: str | None = None
+        self,
+        index: int,
+        content: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self.with_usage else {}
         return {**self._head(_CHUNK), "choices": [choice], **usage}
 
@@ -93,9 +105,14 @@ class ResponseWriter:
         return {
             "index": index,
             **content,
-            "logprobs": None,
+            "logprobs": self._logprobs(answer.tokens) if self.with_logprobs else None,
             "finish_reason": answer.finish_reason,
         }
+
+    def _logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        if self.kind == "completion":
+            return completion_logprobs(tokens, self.texts)
+        return chat_logprobs(tokens, self.texts)
 
 
 def event(data: Mapping[str, Any]) -> bytes:

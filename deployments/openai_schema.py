@@ -6,18 +6,24 @@ A field this server does not have is accepted only with the value that asks for 
 from __future__ import annotations
 
 import secrets
+from abc import abstractmethod
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.neutral_fields import without_neutral_fields
 from storage.errors import InvalidRequestError
-from workers.engine.request import SamplingParams
+from workers.engine.request import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for /v1/completions; a chat answer may fill the context."""
 _MAX_STOP_STRINGS = 16
+_MAX_STOP_TOKENS = 1024
+_MAX_BIASES = 1024
 _MAX_PROMPTS = 128
+_MAX_ANSWERS = 16
+MAX_CHOICES = 128
+"""Of one response: its prompts times `n`."""
 
 
 class StreamOptions(BaseModel):
@@ -32,14 +38,20 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str = Field(min_length=1, max_length=512)
+    n: int | None = Field(default=None, ge=1, le=_MAX_ANSWERS)
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int | None = Field(default=None, ge=0)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="0 and -1: all tokens.")
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=_MAX_BIASES)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[int] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -63,8 +75,23 @@ class GenerationRequest(BaseModel):
             )
         return stops
 
+    @property
+    def num_answers(self) -> int:
+        """To each prompt."""
+        return self.n or 1
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many of the best tokens to tell beside each chosen one; None: no log-probabilities."""
+
+    @property
+    def echoes_prompt(self) -> bool:
+        """Whether a choice begins with its prompt."""
+        return False
+
     def sampling(self, max_tokens: int) -> SamplingParams:
-        """How to answer with at most `max_tokens` tokens. Without a seed of the client's, a random one is drawn.
+        """How to answer with at most `max_tokens` tokens. Without a seed of the client's, each call draws one.
 
         Raises:
             InvalidRequestError: names the field.
@@ -76,19 +103,55 @@ class GenerationRequest(BaseModel):
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
             top_k=max(0, self.top_k or 0),
+            min_p=_or(self.min_p, 0.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            logit_bias=self._biases(),
             seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
+            logprobs=self.num_logprobs,
+            prompt_logprobs=self.num_logprobs if self.echoes_prompt else None,
         )
+
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        biases = self.logit_bias or {}
+        wrong = next((key for key in biases if not (key.isascii() and key.isdigit())), None)
+        if wrong is not None:
+            raise InvalidRequestError(
+                f"logit_bias has the key {wrong!r}; its keys are token ids", param="logit_bias"
+            )
+        return tuple((int(key), bias) for key, bias in biases.items())
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(default=None, ge=0)
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes_prompt(self) -> bool:
+        return bool(self.echo)
+
+    def token_limit(self) -> int:
+        """Raises InvalidRequestError when nothing at all is asked for."""
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequestError(
+                "max_tokens: 0 is for scoring a prompt, so only allowed with echo: true",
+                param="max_tokens",
+            )
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One entry for each answer. Raises InvalidRequestError when there is none, or an empty one."""
@@ -137,6 +200,19 @@ class ChatRequest(GenerationRequest):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Raises InvalidRequestError for best tokens without log-probabilities."""
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise InvalidRequestError(
+                "top_logprobs is only allowed with logprobs: true", param="top_logprobs"
+            )
+        return None
 
     def token_limit(self) -> int | None:
         """Raises InvalidRequestError when the two names of the field disagree."""
@@ -147,6 +223,10 @@ class ChatRequest(GenerationRequest):
                 param="max_tokens",
             )
         return old if new is None else new
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 class TokenizeRequest(BaseModel):

@@ -11,12 +11,20 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._num_exempt = 0  # characters at the beginning of the held text that may not end it
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. Once `found`, everything before the stop string has been returned."""
+    def push(self, text: str, *, may_end: bool = True) -> str:
+        """The text that may be shown now. Once `found`, everything before the stop string has been returned.
+
+        Args:
+            may_end: false where a stop string that ends in this text counts for nothing. One that only begins there
+                counts once it is complete.
+        """
         self._held += text
-        starts = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if not may_end:
+            self._num_exempt = len(self._held)
+        starts = [at for stop in self._stops if (at := self._find(stop)) >= 0]
         if starts:
             self.found = True
             return self._release(min(starts))
@@ -26,8 +34,12 @@ class StopStrings:
         """The rest, when no more text comes."""
         return self._release(len(self._held))
 
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._num_exempt - len(stop) + 1))
+
     def _release(self, count: int) -> str:
         shown, self._held = self._held[:count], self._held[count:]
+        self._num_exempt = max(0, self._num_exempt - count)
         if self.found:
             self._held = ""
         return shown

@@ -6,10 +6,12 @@ Decoding is incremental and never shows half a character: a token may end inside
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
 
+from deployments.token_text import TokenTexts
 from storage.errors import InvalidRequestError
 from workers.config import EngineSettings
 from workers.models.loading import load_config, load_tokenizer
@@ -19,6 +21,14 @@ _CONTEXT_TOKENS = 5
 _MAX_HELD_TOKENS = 64
 """So many tokens without one whole character are no text; they are shown as the decoder has them."""
 _REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """A prompt as it is echoed, and how many characters of it stand before each of its tokens."""
+
+    text: str
+    starts: tuple[int, ...]
 
 
 class TextCodec:
@@ -32,6 +42,7 @@ class TextCodec:
     def __init__(self, tokenizer: Any, context_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.context_tokens = context_tokens
+        self.tokens = TokenTexts(tokenizer)
 
     @classmethod
     def open(cls, settings: EngineSettings) -> TextCodec:
@@ -46,11 +57,7 @@ class TextCodec:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return str(
-            self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return self._decode(token_ids, skip_special_tokens=True)
 
     def decode_all(self, token_ids: Sequence[int]) -> str:
         """Text with special tokens. Raises InvalidRequestError for a token the model does not have."""
@@ -60,11 +67,28 @@ class TextCodec:
             raise InvalidRequestError(
                 f"token {wrong} is not one of the model's (0 to {size - 1})", param="tokens"
             )
-        return str(
-            self._tokenizer.decode(
-                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return self._decode(token_ids, skip_special_tokens=False)
+
+    def prompt_text(self, prompt: str | Sequence[int], token_ids: Sequence[int]) -> PromptText:
+        """A prompt to be echoed: a string as it is, tokens with special ones written out.
+
+        Args:
+            token_ids: what the prompt was encoded to. Special tokens the tokenizer put around a string are not in it.
+        """
+        written = range(len(token_ids))
+        if isinstance(prompt, str):
+            written = _find(self.encode(prompt, add_special_tokens=False), token_ids)
+        decoder = IncrementalDecoder(lambda ids: self._decode(ids, skip_special_tokens=False))
+        text = ""
+        starts = []
+        for place, token in enumerate(token_ids):
+            starts.append(len(text))
+            if place in written:
+                text += decoder.push(token)
+        text += decoder.flush()
+        if isinstance(prompt, str):
+            text = prompt
+        return PromptText(text, tuple(min(start, len(text)) for start in starts))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """A conversation in the model's own template, up to where its answer begins.
@@ -90,6 +114,23 @@ class TextCodec:
     def decoder(self, prompt_token_ids: Sequence[int]) -> IncrementalDecoder:
         """A decoder of the answer to a prompt."""
         return IncrementalDecoder(self.decode, prompt_token_ids[-_CONTEXT_TOKENS:])
+
+    def _decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return str(
+            self._tokenizer.decode(
+                list(token_ids),
+                skip_special_tokens=skip_special_tokens,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+
+def _find(part: Sequence[int], tokens: Sequence[int]) -> range:
+    """Where in `tokens` the part stands; all of them if it does not."""
+    for start in range(len(tokens) - len(part) + 1):
+        if list(tokens[start : start + len(part)]) == list(part):
+            return range(start, start + len(part))
+    return range(len(tokens))
 
 
 class IncrementalDecoder:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from deployments.answer_text import Delta
 from deployments.errors import ReplicaLostError, RequestTimeoutError, WrongAdapterError
 from deployments.gateway import ReplicaOutputs
-from deployments.generation import Delta, Generation
+from deployments.generation import Generation
 from deployments.text import TextCodec
 from storage.errors import AdapterCorruptError, FloraError
 from storage.identity import AdapterSet, AdapterVersion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from deployments.openai_schema import ChatRequest, CompletionRequest
 from storage.errors import InvalidRequestError, UnsupportedFieldError
+from workers.engine.request import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -30,16 +32,11 @@ def completion(**fields: Any) -> CompletionRequest:
         ("response_format", {"type": "text"}),
         ("store", True),
         ("metadata", {"trace": "7"}),
-        ("n", 1),
+        ("n", None),
         ("logprobs", None),
-        ("logprobs", False),
         ("top_logprobs", None),
-        ("presence_penalty", 0),
-        ("frequency_penalty", 0.0),
-        ("repetition_penalty", 1.0),
-        ("min_p", 0.0),
-        ("logit_bias", {}),
-        ("echo", False),
+        ("logit_bias", None),
+        ("echo", None),
         ("best_of", 1),
         ("suffix", None),
         ("service_tier", "auto"),
@@ -57,17 +54,7 @@ def test_a_field_that_asks_for_nothing_is_accepted(field: str, value: Any) -> No
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
-        ("logprobs", 0),  # in completions: the chosen tokens' own
-        ("top_logprobs", 5),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("min_p", 0.1),
-        ("logit_bias", {"5": 1}),
-        ("echo", True),
+        ("best_of", 2),
         ("audio", {"voice": "x"}),
         ("temprature", 1.0),
     ],
@@ -86,7 +73,14 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
         ("temperature", "1"),
         ("temperature", float("nan")),
         ("top_p", 0),
-        ("max_tokens", 0),
+        ("n", 0),
+        ("n", 17),
+        ("n", True),
+        ("logprobs", True),
+        ("logprobs", 21),
+        ("min_p", "0.1"),
+        ("logit_bias", [5]),
+        ("max_tokens", -1),
         ("max_tokens", 1.5),
         ("stream", "yes"),
         ("stop", [1]),
@@ -127,6 +121,67 @@ def test_sampling_takes_openais_defaults_and_a_seed_of_its_own() -> None:
     assert completion(seed=-5, temperature=None, top_k=-1).sampling(16).seed == -5
 
 
+def test_sampling_has_every_field_that_was_sent() -> None:
+    fields = {
+        "min_tokens": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.1,
+        "seed": 3,
+        "ignore_eos": True,
+    }
+    expected = SamplingParams(
+        max_tokens=5,
+        stop_token_ids=frozenset({8}),
+        logit_bias=((5, 1.0), (6, -100.0)),
+        logprobs=2,
+        **fields,  # type: ignore[arg-type]
+    )
+    others = {"stop_token_ids": [8], "logit_bias": {"5": 1, "6": -100.0}}
+    assert completion(**fields, **others, logprobs=2).sampling(5) == expected
+    assert chat(**fields, **others, logprobs=True, top_logprobs=2).sampling(5) == expected
+    echoed = completion(**fields, **others, logprobs=2, echo=True).sampling(5)
+    assert echoed == replace(expected, prompt_logprobs=2)
+    assert completion(echo=True).sampling(5).prompt_logprobs is None
+    assert chat(logprobs=True).sampling(5).logprobs == 0
+    assert chat(logprobs=False, top_logprobs=0).sampling(5).logprobs is None
+
+
+@pytest.mark.parametrize("key", ["the", "-1", "1.0", " 1", "\u0663", ""])
+def test_a_bias_is_of_a_token_id(key: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(logit_bias={key: 1}).sampling(5)
+    assert caught.value.param == "logit_bias"
+
+
+def test_a_token_has_one_bias() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(logit_bias={"5": 1, "05": 2}).sampling(5)
+    assert caught.value.param == "logit_bias"
+
+
+def test_no_tokens_may_be_asked_for_only_to_score_a_prompt() -> None:
+    assert completion(max_tokens=0, echo=True).token_limit() == 0
+    assert completion().token_limit() == 16
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(max_tokens=0).token_limit()
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(ValidationError):
+        chat(max_tokens=0)
+
+
+@pytest.mark.parametrize("field", ["logprobs", "echo"])
+def test_a_field_of_the_other_api_is_refused(field: str) -> None:
+    with pytest.raises((ValidationError, UnsupportedFieldError), match=field):
+        chat(**{field: 3 if field == "logprobs" else True})
+    with pytest.raises(UnsupportedFieldError, match="top_logprobs"):
+        completion(top_logprobs=2)
+
+
 def test_fields_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         chat(max_tokens=5, max_completion_tokens=6).token_limit()
@@ -137,6 +192,9 @@ def test_fields_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         chat(min_tokens=6).sampling(5)
     assert caught.value.param == "min_tokens"
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(top_logprobs=2).sampling(5)
+    assert caught.value.param == "top_logprobs"
     with pytest.raises(InvalidRequestError) as caught:
         chat(stop=["a", ""]).stop_strings()
     assert caught.value.param == "stop"

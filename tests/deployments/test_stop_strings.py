@@ -43,6 +43,29 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(text, stops) ->
     assert not held or any(stop.startswith(held) for stop in stops)
 
 
+@given(letters, stop_lists, st.lists(st.integers(0, 100), max_size=10), st.integers(0, 10))
+def test_a_stop_string_counts_once_it_ends_behind_the_exempt_text(
+    text, stops, cuts, num_exempt
+) -> None:
+    matcher, shown, read, exempt = StopStrings(stops), "", "", 0
+    for number, piece in enumerate(pieces(text, cuts)):
+        read += piece
+        may_end = number >= num_exempt
+        exempt = exempt if may_end else len(read)
+        shown += matcher.push(piece, may_end=may_end)
+        starts = [
+            at
+            for stop in stops
+            for at in range(len(read))
+            if read.startswith(stop, at) and at + len(stop) > exempt
+        ]
+        assert matcher.found == bool(starts)
+        if matcher.found:
+            assert shown == read[: min(starts)]
+            return
+    assert shown + matcher.flush() == text
+
+
 def test_the_earliest_of_several_stop_strings_wins() -> None:
     matcher = StopStrings(["world", "lo"])
     assert matcher.push("hello world") == "hel"
