@@ -84,16 +84,9 @@ def test_penalties_change_an_answer_and_their_neutral_values_do_not(server: Loca
     plain = text_of(server, max_tokens=40)
     neutral = {"presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1, "min_p": 0}
     assert text_of(server, max_tokens=40, **neutral, logit_bias={}, n=1) == plain
-    changed = {
-        text_of(server, max_tokens=40, **one)
-        for one in (
-            {"repetition_penalty": 1.5},
-            {"frequency_penalty": 2.0},
-            {"frequency_penalty": -2.0},
-        )
-    }
-    assert plain not in changed
-    assert len(changed) == 3
+    varied = text_of(server, max_tokens=40, repetition_penalty=5.0)
+    repetitive = text_of(server, max_tokens=40, frequency_penalty=-2.0)
+    assert len(set(repetitive)) < len(set(plain)) < len(set(varied))
 
 
 def test_min_p_of_one_leaves_nothing_to_draw(server: LocalServer) -> None:
