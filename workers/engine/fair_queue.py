@@ -35,31 +35,37 @@ class FairQueue:
         self._tenants.join(tenant)
         self._adapters.setdefault(tenant, VirtualCounters()).join(version)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Raises KeyError if it does not wait."""
+    def start(self, sequence: Sequence) -> None:
+        """It waits no more. Raises KeyError if it did not."""
         account = tenant, version = account_of(sequence)
         group = self._groups[account]
         del group[sequence.request.request_id]
         if not group:
             del self._groups[account]
-        self._adapters[tenant].quit(version)
-        for forgotten in self._tenants.quit(tenant):
-            self._adapters.pop(forgotten, None)
+        self._adapters[tenant].start(version)
+        self._tenants.start(tenant)
+
+    def leave(self, sequence: Sequence) -> None:
+        """One that was started is gone. Raises KeyError if there is none of its account."""
+        tenant, version = account_of(sequence)
+        self._adapters[tenant].leave(version)
+        for forgotten in self._tenants.leave(tenant):
+            del self._adapters[forgotten]
 
     def adapters(self) -> set[AdapterVersion | None]:
         """What requests wait for."""
         return {version for _, version in self._groups}
 
     def charge(self, account: Account, work: float) -> None:
-        """Rank-weighted tokens were computed for this account, for a request that waited or not."""
+        """Rank-weighted tokens were computed for a request of this account."""
         tenant, version = account
         self._tenants.charge(tenant, work)
-        self._adapters.setdefault(tenant, VirtualCounters()).charge(version, work)
+        self._adapters[tenant].charge(version, work)
 
     def standing(self, account: Account) -> tuple[float, float]:
         """The service a tenant, and its adapter, have had: the lower goes first."""
         tenant, version = account
-        return self._tenants.served(tenant), self._adapter_served(tenant, version)
+        return self._tenants.served(tenant), self._adapters[tenant].served(version)
 
     def in_order(
         self, owed: Mapping[Account, float], skip: Container[AdapterVersion | None]
@@ -78,7 +84,7 @@ class FairQueue:
         for account, work in owed.items():
             tenant_owed[account[0]] = tenant_owed.get(account[0], 0.0) + work
         for tenant, version in self._groups:
-            served = self._adapter_served(tenant, version) + owed.get((tenant, version), 0.0)
+            served = self._adapters[tenant].served(version) + owed.get((tenant, version), 0.0)
             by_tenant.setdefault(tenant, []).append((served, next(number), version))
         tenants = [
             (self._tenants.served(tenant) + tenant_owed.get(tenant, 0.0), next(number), tenant)
@@ -112,7 +118,3 @@ class FairQueue:
             and self._tenants.check_integrity()
             and all(one.check_integrity() for one in self._adapters.values())
         )
-
-    def _adapter_served(self, tenant: str, version: AdapterVersion | None) -> float:
-        counters = self._adapters.get(tenant)
-        return counters.served(version) if counters is not None else 0.0

@@ -193,7 +193,10 @@ class Scheduler:
             self._queue.charge(account_of(sequence), num_served * sequence.request.work_per_token)
 
     def remove(self, sequence: Sequence) -> bool:
-        """Forget a sequence and give back all it holds. True if that freed a reference to an adapter."""
+        """Forget a sequence and give back all it holds. True if that freed a reference to an adapter.
+
+        Raises KeyError if it is not here.
+        """
         request_id = sequence.request.request_id
         if request_id in self._waiting:
             self._num_ahead -= sequence.bank_slot is not None
@@ -201,6 +204,7 @@ class Scheduler:
         self._preempted.pop(request_id, None)
         if self._running.pop(request_id, None) is not None:
             self._kv.release(sequence)
+        self._queue.leave(sequence)
         if sequence.version is None or sequence.bank_slot is None:
             return False
         self._adapters.release(sequence.version)
@@ -279,7 +283,7 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         del self._waiting[sequence.request.request_id]
-        self._queue.remove(sequence)
+        self._queue.start(sequence)
 
     def _owed(self) -> dict[Account, float]:
         """Work that running sequences were promised and is not done yet."""
