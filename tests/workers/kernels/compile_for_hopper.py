@@ -1,0 +1,105 @@
+"""Compile every kernel for an H200 on a machine without one, and print what the compiler says of it as JSON.
+
+Run by test_compiling.py in a process of its own, because there the kernels must not be interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from workers.kernels.add_rows import _dot_add_rows
+from workers.kernels.outputs import _sum_rows
+from workers.kernels.stacked_rows import _stacked_rows
+from workers.kernels.step_tables import LONG_TILE_TOKENS, WEIGHT_TILE_TOKENS
+from workers.kernels.tiles import Tiles, dot_tiles, stacked_tiles, sum_tiles, weight_tiles
+from workers.kernels.weight_mode import _weight_mode
+
+HIDDEN = 6144
+"""StarCoder-15B's: the shapes of the performance table."""
+
+POINTERS = {
+    **dict.fromkeys(("x", "in_rows", "out_rows", "weight", "base_bias", "query", "keys"), "*bf16"),
+    **dict.fromkeys(("values", "y", "output"), "*bf16"),
+    **dict.fromkeys(("z", "dots", "part", "part_max", "part_sum"), "*fp32"),
+    **dict.fromkeys(("row_token_R", "row_page_R", "page_F", "tile_JC", "block_NB"), "*i32"),
+    **dict.fromkeys(("num_seen_T", "span_T", "tile_JS"), "*i32"),
+    "scale": "fp32",
+}
+# Integers that are multiples of 16 in every real model; the compiler is told so of each launch's.
+MULTIPLES = ("z_stride", "weight_stride_o", "in_features", "out_features", "features_per_split")
+
+
+def compile_kernel(kernel: Any, tiles: Tiles, **constants: Any) -> dict[str, int]:
+    names = list(kernel.arg_names)
+    at = {name: (names.index(name),) for name in names}
+    types = {
+        name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names
+    }
+    aligned = [name for name in names if types[name].startswith("*") or name in MULTIPLES]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={at[name]: value for name, value in constants.items()},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in aligned if name not in constants},
+    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "shared_bytes": compiled.metadata.shared,
+        "spilled_bytes": _spilled_bytes(ptx),
+        "matrix_instructions": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
+        "warpgroup_instructions": ptx.count("wgmma.mma_async"),
+        "asynchronous_copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+def _spilled_bytes(ptx: str) -> int:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+    return sum(int(count) for count in re.findall(r"(\d+) bytes spill", said))
+
+
+def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
+    for num_rows in (16, 128):
+        tiles = stacked_tiles(num_rows, HIDDEN, HIDDEN)
+        yield f"stacked rows, {num_rows}", lambda tiles=tiles: compile_kernel(
+            _stacked_rows, tiles, weight_stride_i=1, BLOCK_R=tiles.rows, BLOCK_O=tiles.outs,
+            BLOCK_I=tiles.ins, OPERAND=tl.bfloat16,
+        )  # fmt: skip
+    for tokens in (1, LONG_TILE_TOKENS):
+        tiles = sum_tiles(tokens, HIDDEN)
+        yield f"outputs, {tokens}", lambda tiles=tiles: compile_kernel(
+            _sum_rows, tiles, HAS_BIAS=True, HAS_DOTS=True, BLOCK_T=tiles.rows, BLOCK_O=tiles.outs,
+            BLOCK_E=tiles.ins, OPERAND=tl.bfloat16,
+        )  # fmt: skip
+        tiles = dot_tiles(64, tokens, HIDDEN)
+        yield f"dots, {tokens}", lambda tiles=tiles: compile_kernel(
+            _dot_add_rows, tiles, BLOCK_T=tiles.rows, BLOCK_E=tiles.outs, BLOCK_I=tiles.ins,
+            OPERAND=tl.bfloat16,
+        )  # fmt: skip
+    tiles = weight_tiles(WEIGHT_TILE_TOKENS, HIDDEN, HIDDEN)
+    yield "weight mode", lambda tiles=tiles: compile_kernel(
+        _weight_mode, tiles, weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True, NUM_K=1,
+        BLOCK_T=tiles.rows, BLOCK_O=tiles.outs, BLOCK_I=tiles.ins, BLOCK_K=16, OPERAND=tl.bfloat16,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    json.dump({name: compiled() for name, compiled in kernels()}, sys.stdout)

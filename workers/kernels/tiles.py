@@ -1,0 +1,62 @@
+"""How large a piece of a product one program of a kernel takes. Pure; reasoned from the counts in the kernels'
+docstrings, not yet measured: `python -m benchmarks.gpu --tune` measures the alternatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUM_PROCESSORS = 132
+"""Of an H200 (and H100). A guide for splitting small products, not a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One program computes `rows` × `outs` outputs over a `splits`-th of the input features, `ins` at a time."""
+
+    rows: int
+    outs: int
+    ins: int
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+    def features_per_split(self, in_features: int) -> int:
+        """A multiple of `ins`; all splits together cover the input features."""
+        return -(-in_features // (self.splits * self.ins)) * self.ins
+
+
+def stacked_tiles(num_rows: int, in_features: int, out_features: int) -> Tiles:
+    """For a few rows: wide enough that W0 is the most that is read, split until all processors read."""
+    rows = min(128, max(16, _power_of_two(num_rows)))
+    outs = 128 if out_features >= 1024 else 32
+    ins = 64 if in_features >= 512 else 32
+    programs = -(-num_rows // rows) * -(-out_features // outs)
+    # At least eight steps of a program's loop, or filling its pipeline costs as much as the work.
+    most = max(1, in_features // (8 * ins))
+    splits = max(1, min(most, 8, NUM_PROCESSORS // programs))
+    return Tiles(rows, outs, ins, splits, warps=8 if rows * outs > 64 * 128 else 4, stages=4)
+
+
+def dot_tiles(num_tiles: int, tile_tokens: int, in_features: int) -> Tiles:
+    """`outs` are an adapter's add rows, taken that many at a time."""
+    ins = 128 if in_features >= 1024 else 32
+    most = max(1, in_features // (2 * ins))
+    splits = max(1, min(most, 8, -(-4 * NUM_PROCESSORS // max(1, num_tiles))))
+    return Tiles(tile_tokens, 16, ins, splits, warps=4, stages=4)
+
+
+def sum_tiles(tile_tokens: int, out_features: int) -> Tiles:
+    """No sum over input features is left here; `ins` are add rows, taken that many at a time."""
+    wide = 256 if tile_tokens == 1 else 128
+    return Tiles(tile_tokens, wide if out_features >= 1024 else 32, 16)
+
+
+def weight_tiles(tile_tokens: int, in_features: int, out_features: int) -> Tiles:
+    """Large, because every program makes its own tile of the delta."""
+    outs = 128 if out_features >= 1024 else 32
+    return Tiles(tile_tokens, outs, 64 if in_features >= 512 else 32, warps=8, stages=3)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
