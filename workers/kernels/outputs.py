@@ -64,6 +64,7 @@ def write_outputs(
     tile,
     o,
     y,
+    y_stride,
     dots,
     dots_stride,
     num_dot_splits,
@@ -122,7 +123,7 @@ def write_outputs(
         acc_TO += tl.load(base_bias + o, mask=in_O, other=0.0).to(tl.float32)[None, :]
     token = (tl.load(tile + FIRST_TOKEN) + t).to(tl.int64)
     tl.store(
-        y + token[:, None] * out_features + o[None, :],
+        y + token[:, None] * y_stride + o[None, :],
         acc_TO.to(y.dtype.element_ty),
         mask=in_T[:, None] & in_O[None, :],
     )
@@ -131,8 +132,10 @@ def write_outputs(
 @triton.jit(do_not_specialize=["num_z_splits", "num_dot_splits"])
 def _sum_rows(
     y,
+    y_stride,
     z,
-    z_stride,
+    z_split_stride,
+    z_row_stride,
     num_z_splits,
     dots,
     dots_stride,
@@ -162,10 +165,10 @@ def _sum_rows(
     pages = page_F + tl.load(tile + OUT_PAGES)
     acc_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
     for j in range(num_rows):
-        where = z + (row + j)[:, None] * out_features + o[None, :]
+        where = z + (row + j)[:, None] * z_row_stride + o[None, :]
         sum_TO = tl.zeros((BLOCK_T, BLOCK_O), tl.float32)
         for s in range(num_z_splits):
-            part_TO = tl.load(where + s * z_stride, mask=mask_TO, other=0.0)
+            part_TO = tl.load(where + s * z_split_stride, mask=mask_TO, other=0.0)
             sum_TO += part_TO.to(tl.float32)
         page = tl.load(pages + j)
         a_O = tl.load(
@@ -173,7 +176,7 @@ def _sum_rows(
         )
         acc_TO += sum_TO * a_O.to(tl.float32)[None, :]
     write_outputs(
-        acc_TO, tile, o, y, dots, dots_stride, num_dot_splits, out_rows, out_features, base_bias,
+        acc_TO, tile, o, y, y_stride, dots, dots_stride, num_dot_splits, out_rows, out_features, base_bias,
         page_F, HAS_BIAS, HAS_DOTS, BLOCK_T, BLOCK_E, OPERAND,
     )  # fmt: skip
 
@@ -188,15 +191,21 @@ def sum_rows(
     tile_JC: Tensor,
     tiles: Tiles,
 ) -> None:
-    """Write the outputs of the tokens in `tile_JC`, `tiles.rows` of them at most in one, into `y_TO`."""
+    """Write the outputs of the tokens in `tile_JC`, `tiles.rows` of them at most in one, into `y_TO`.
+
+    Args:
+        y_TO: may be `z_ZRO[0]` itself where row i is token i: a program reads what it writes, before it writes it.
+    """
     if not len(tile_JC):
         return
     out_features = y_TO.shape[1]
     dots = z_ZRO if dots_DP is None else dots_DP
     _sum_rows[(len(tile_JC), triton.cdiv(out_features, tiles.outs))](
         y_TO,
+        y_TO.stride(0),
         z_ZRO,
         z_ZRO.stride(0),
+        z_ZRO.stride(1),
         z_ZRO.shape[0],
         dots,
         dots.stride(0),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.bank.module_bank import ModuleBank
 from workers.kernels.add_rows import dot_add_rows, empty_dots
 from workers.kernels.outputs import sum_rows
 from workers.kernels.stacked_rows import stacked_rows
@@ -38,20 +39,7 @@ def adapted_product(
     dots_DP = _dots(x_TI, in_rows_NI, tables)
     if len(tables.row_token_R) or len(tables.sum_short_JC) or len(tables.sum_long_JC):
         z_ZRO = _rows(x_TI, base, in_rows_NI, tables)
-        for tile_JC, tile_tokens in (
-            (tables.sum_short_JC, 1),
-            (tables.sum_long_JC, LONG_TILE_TOKENS),
-        ):
-            sum_rows(
-                y_TO,
-                z_ZRO,
-                dots_DP,
-                out_rows_NO,
-                base.bias_O,
-                tables.page_F,
-                tile_JC,
-                sum_tiles(tile_tokens, base.out_features),
-            )
+        _sum(y_TO, z_ZRO, dots_DP, out_rows_NO, base.bias_O, tables)
     if len(tables.weight_JC):
         weight_mode(
             y_TO,
@@ -69,9 +57,26 @@ def adapted_product(
     return y_TO
 
 
+def _sum(
+    y_TO: Tensor,
+    z_ZRO: Tensor,
+    dots_DP: Tensor | None,
+    out_rows_NO: Tensor,
+    bias_O: Tensor | None,
+    tables: StepTables,
+) -> None:
+    """The outputs of all tokens that are not in weight mode."""
+    for tile_JC, tile_tokens in (
+        (tables.sum_short_JC, 1),
+        (tables.sum_long_JC, LONG_TILE_TOKENS),
+    ):
+        tiles = sum_tiles(tile_tokens, y_TO.shape[1])
+        sum_rows(y_TO, z_ZRO, dots_DP, out_rows_NO, bias_O, tables.page_F, tile_JC, tiles)
+
+
 def _rows(x_TI: Tensor, base: BaseLinear, in_rows_NI: Tensor, tables: StepTables) -> Tensor:
     """z_ZRO: every token's rows times W0. Without mul rows that is the base product alone."""
-    if tables.has_mul_rows:
+    if tables.stacks_rows:
         return stacked_rows(
             x_TI,
             in_rows_NI,
@@ -96,3 +101,24 @@ def _dots(x_TI: Tensor, in_rows_NI: Tensor, tables: StepTables) -> Tensor | None
     dot_add_rows(dots_DP, x_TI, in_rows_NI, tables.page_F, tables.dot_short_JC, short)
     dot_add_rows(dots_DP, x_TI, in_rows_NI, tables.page_F, tables.dot_long_JC, long)
     return dots_DP
+
+
+class KernelRows:
+    """The kernels as a runner's arithmetic uses them: outputs in the model's type."""
+
+    def product(
+        self,
+        x_TI: Tensor,
+        base: BaseLinear,
+        in_rows_NI: Tensor,
+        out_rows_NO: Tensor,
+        tables: StepTables,
+    ) -> Tensor:
+        return adapted_product(x_TI, base, in_rows_NI, out_rows_NO, tables, dtype=x_TI.dtype)
+
+    def finish(
+        self, x_TI: Tensor, z_TO: Tensor, base: BaseLinear, rows: ModuleBank, tables: StepTables
+    ) -> None:
+        """Scale, add rows and biases, in place on the base product of all tokens."""
+        dots_DP = _dots(x_TI.contiguous(), rows.in_rows_NI, tables)
+        _sum(z_TO, z_TO[None], dots_DP, rows.out_rows_NO, base.bias_O, tables)

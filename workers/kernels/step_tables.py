@@ -38,10 +38,6 @@ SHORT_RUN = 8
 LONG_TILE_TOKENS = 32
 WEIGHT_TILE_TOKENS = 128
 
-KERNEL_COST = CostModel(build_rows=96.0, build_rows_per_rank=1.0)
-"""In weight mode a tile of W0 enters two products instead of `rank + 1`, and makes its delta on the way: about one
-product of `rank` rows more, and half a tile of tokens that are not there. Counted, not measured."""
-
 TILE_COLUMNS = (
     "first_token",
     "num_tokens",  # 0: a tile that is there only to fill a buffer
@@ -85,9 +81,14 @@ class StepTables:
     num_dots: int
     num_tokens: int
     max_mul: int  # of the runs in weight mode
-    has_mul_rows: bool  # in row mode: the base rows then go through the same product
+    stacks_rows: bool  # some rows are mul rows: the base rows then go through the same product
     rows_are_tokens: bool  # row i is token i
     is_plain: bool  # no adapter of this step touches these modules
+
+    @property
+    def has_mul_rows(self) -> bool:
+        """Some tokens' outputs are other products with W0 than the base's."""
+        return self.stacks_rows or not self.rows_are_tokens
 
 
 @dataclass(slots=True)
@@ -105,7 +106,7 @@ class HostTables:
     weight: list[list[int]] = field(default_factory=list)
     num_dots: int = 0
     max_mul: int = 0
-    has_mul_rows: bool = False
+    stacks_rows: bool = False
     is_plain: bool = True
 
     def _sections(self) -> Iterator[npt.NDArray[np.int32]]:
@@ -156,7 +157,7 @@ class HostTables:
             num_dots=self.num_dots,
             num_tokens=self.num_tokens,
             max_mul=self.max_mul,
-            has_mul_rows=self.has_mul_rows,
+            stacks_rows=self.stacks_rows,
             rows_are_tokens=self.row_token == list(range(self.num_tokens)),
             is_plain=self.is_plain,
         )
@@ -254,7 +255,7 @@ def _add_run(
             num_tokens, WEIGHT_TILE_TOKENS, out_pages=place.out_pages + place.offset
         )
     else:
-        host.has_mul_rows |= place.num_mul > 0
+        host.stacks_rows |= place.num_mul > 0
         host.row_token += [
             token for token in range(start, start + num_tokens) for _ in range(num_rows)
         ]

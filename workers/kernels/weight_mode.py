@@ -41,6 +41,7 @@ _BLOCK_K = 16
 @triton.jit(do_not_specialize=["num_dot_splits"])
 def _weight_mode(
     y,
+    y_stride,
     x,
     in_rows,
     out_rows,
@@ -111,7 +112,7 @@ def _weight_mode(
         acc_OT = tl.dot(w_OI.to(OPERAND), tl.trans(x_TI), acc_OT, input_precision="ieee")
         acc_OT = tl.dot(delta_OI.to(OPERAND), tl.trans(x_TI), acc_OT, input_precision="ieee")
     write_outputs(
-        tl.trans(acc_OT), tile, o, y, dots, dots_stride, num_dot_splits, out_rows, out_features, base_bias,
+        tl.trans(acc_OT), tile, o, y, y_stride, dots, dots_stride, num_dot_splits, out_rows, out_features, base_bias,
         page_F, HAS_BIAS, HAS_DOTS, BLOCK_T, BLOCK_K, OPERAND,
     )  # fmt: skip
 
@@ -140,6 +141,7 @@ def weight_mode(
     dots = y_TO if dots_DP is None else dots_DP
     _weight_mode[(len(tile_JC), triton.cdiv(out_features, tiles.outs))](
         y_TO,
+        y_TO.stride(0),
         x_TI,
         in_rows_NI,
         out_rows_NO,

@@ -45,8 +45,10 @@ class HfRunner:
         )
         self._layers = wrap_linears(
             model,
-            cost_model_for(model.dtype, thin_products=self._arithmetic.epilogue is None),
+            self._arithmetic.cost
+            or cost_model_for(model.dtype, thin_products=self._arithmetic.epilogue is None),
             product=self._arithmetic.product,
+            look_up=self._arithmetic.look_up,
             make_linear=self._arithmetic.make_linear,
         )
         self._attention = SlabAttention(

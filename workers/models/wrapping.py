@@ -15,10 +15,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from storage.errors import InvalidRequestError
-from workers.row_form.adapted_linear import AdaptedLinear, AdapterLayers, Product, StepContext
+from workers.row_form.adapted_linear import (
+    AdaptedLinear,
+    AdapterLayers,
+    LookUp,
+    Product,
+    StepContext,
+)
 from workers.row_form.adapted_product import adapted_product
 from workers.row_form.base_linear import BaseLinear, DenseLinear
 from workers.row_form.cost import CostModel
+from workers.row_form.module_index import index_module_group
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
@@ -36,6 +43,7 @@ def wrap_linears(
     cost: CostModel,
     *,
     product: Product = adapted_product,
+    look_up: LookUp = index_module_group,
     make_linear: Callable[[Tensor, Tensor | None], BaseLinear] = DenseLinear,
 ) -> AdapterLayers:
     """Replace every one of `linear_layers` by an `AdaptedLinear` over the same weight, and freeze the model.
@@ -43,14 +51,14 @@ def wrap_linears(
     Args:
         model: changed in place; its weights are shared, not copied.
         cost: how layers choose between row mode and weight mode.
-        product: how a layer with adapters is computed.
+        product, look_up: how a layer with adapters is computed, and from which index.
         make_linear: the base layer over a weight_OI and a bias_O.
 
     Raises:
         InvalidRequestError: the model has no such layer.
     """
     model.requires_grad_(False)
-    context = StepContext(cost, product)
+    context = StepContext(cost, product, look_up)
     layers = {}
     for path, linear in linear_layers(model).items():
         # Conv1D stores its weight_IO: seen from the other side, not copied.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -12,22 +13,42 @@ from workers.bank.module_bank import ModuleBank
 from workers.row_form.adapted_product import adapted_product
 from workers.row_form.base_linear import BaseLinear
 from workers.row_form.cost import CostModel
-from workers.row_form.module_index import ModuleIndex, index_module_group
+from workers.row_form.module_index import index_module_group
 from workers.row_form.step_plan import StepPlan
 
-Product = Callable[[Tensor, BaseLinear, Tensor, Tensor, ModuleIndex], Tensor]
-"""`adapted_product`, or what computes the same faster on one kind of device, without gradients."""
+Product = Callable[[Tensor, BaseLinear, Tensor, Tensor, Any], Tensor]
+"""`adapted_product`, or what computes the same faster on one kind of device, without gradients. The last argument is
+what the `LookUp` that belongs to it made."""
+
+
+class StepIndex(Protocol):
+    """What a layer asks of its index itself; the rest is between look-up and product."""
+
+    @property
+    def has_mul_rows(self) -> bool: ...
+    @property
+    def is_plain(self) -> bool: ...
+
+
+LookUp = Callable[[StepPlan, GroupTable, CostModel], StepIndex]
+"""`index_module_group`, or its counterpart for another product."""
 
 
 class StepContext:
     """The step all adapted layers of a model are in. One thread at a time, like the model itself."""
 
-    def __init__(self, cost: CostModel, product: Product = adapted_product) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        product: Product = adapted_product,
+        look_up: LookUp = index_module_group,
+    ) -> None:
         self.cost = cost
+        self._look_up = look_up
         self.product = product
         self._plan: StepPlan | None = None
         self._snapshot: BankSnapshot | None = None
-        self._indices: dict[GroupTable, ModuleIndex] = {}  # of the plan `_indexed`
+        self._indices: dict[GroupTable, StepIndex] = {}  # of the plan `_indexed`
         self._indexed: StepPlan | None = None
 
     def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
@@ -50,7 +71,7 @@ class StepContext:
             and before.device == plan.device
         )
 
-    def index_of(self, path: str) -> ModuleIndex | None:
+    def index_of(self, path: str) -> StepIndex | None:
         """The projection's index for this step, made by the first layer of its group; None in a plain step."""
         if self._plan is None:
             return None
@@ -59,7 +80,7 @@ class StepContext:
         table = self._snapshot.table_of[path]
         index = self._indices.get(table)
         if index is None:
-            index = index_module_group(self._plan, table, self.cost)
+            index = self._look_up(self._plan, table, self.cost)
             self._indices[table] = index
         return index
 
@@ -83,7 +104,7 @@ class AdaptedLinear(nn.Module):
         return self.base.dequantised_slice(slice(None), slice(None))
 
     @property
-    def index(self) -> ModuleIndex | None:
+    def index(self) -> StepIndex | None:
         """What adapters do to this layer in this step; None where they do nothing."""
         index = self._context.index_of(self.path)
         return None if index is None or index.is_plain else index

@@ -40,6 +40,11 @@ class CostModel:
         return num_add > 0 and num_tokens >= self.thin_product_tokens
 
 
+KERNEL_COST = CostModel(build_rows=96.0, build_rows_per_rank=1.0)
+"""Of the GPU kernels, counted and not measured: in weight mode a tile of W0 enters two products instead of `rank + 1`,
+a small product makes its delta on the way, and half a tile of tokens may not be there."""
+
+
 def cost_model_for(
     dtype: torch.dtype, *, training: bool = False, thin_products: bool = True
 ) -> CostModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +11,13 @@ from torch import Tensor
 from workers.bank.module_bank import ModuleBank
 from workers.row_form.adapted_linear import AdaptedLinear
 from workers.row_form.base_linear import BaseLinear, DenseLinear
-from workers.row_form.module_index import ModuleIndex
 
 
 class Epilogue(Protocol):
     """Adds to a base product, in place, what adapters without rows in that product bring."""
 
     def finish(
-        self, x_TI: Tensor, z_TO: Tensor, base: BaseLinear, rows: ModuleBank, index: ModuleIndex
+        self, x_TI: Tensor, z_TO: Tensor, base: BaseLinear, rows: ModuleBank, index: Any
     ) -> None: ...
 
 

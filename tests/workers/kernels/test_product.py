@@ -24,9 +24,9 @@ from tests.workers.row_form.test_adapted_product import (
     without_contribution,
 )
 from workers.kernels.product import adapted_product
-from workers.kernels.step_tables import KERNEL_COST, index_for_kernels
+from workers.kernels.step_tables import index_for_kernels
 from workers.row_form.base_linear import DenseLinear
-from workers.row_form.cost import CostModel
+from workers.row_form.cost import KERNEL_COST, CostModel
 
 MODES = (ROW_MODE, WEIGHT_MODE, MIXED_MODES, KERNEL_COST)
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tests.workers.row_form.mixed_layers import MixedLayers, mixed_layers
 from workers.kernels.product import adapted_product
 from workers.kernels.step_tables import (
-    KERNEL_COST,
     TILE_COLUMNS,
     HostTables,
     StepTables,
     index_for_kernels,
     look_up,
 )
+from workers.row_form.cost import KERNEL_COST
 
 FAMILIES = ("flora", "flora0", "lora", "dora", "untouched")
 
@@ -107,7 +107,7 @@ def test_room_to_spare_in_the_buffer_changes_no_bit() -> None:
 
     table = mixed.bank.snapshot.table_of["layer"]
     exact = output(index_for_kernels(mixed.plan, table, KERNEL_COST))
-    assert host.has_mul_rows
+    assert host.stacks_rows
     assert host.weight
     room = {name: size + 7 for name, size in host.sizes.items()}
     padded = output(host.on(torch.from_numpy(host.packed(room)), room))
