@@ -69,9 +69,7 @@ class KernelDecoderLoops:
         self, residual_TH: Tensor, x_TH: Tensor | None, weight_H: Tensor, epsilon: float
     ) -> Tensor:
         num_tokens, hidden = residual_TH.shape
-        y_TH = torch.empty(
-            num_tokens, hidden, dtype=residual_TH.dtype, device=residual_TH.device
-        )
+        y_TH = torch.empty(num_tokens, hidden, dtype=residual_TH.dtype, device=residual_TH.device)
         if num_tokens:
             added = residual_TH if x_TH is None else x_TH
             _add_rms_norm[(num_tokens,)](

@@ -6,8 +6,8 @@ One launch, or two when a step has both short and long runs. A run of a few toke
 vector units, a longer one in tiles whose `q` rows are read once for all of the tile's tokens.
 
 Bytes: z (4 · R · O · splits) and y, both still in the L2 cache in a decode step, and the step's a and q rows (2 · O
-each) once per token of a short run. Floor for 32 tokens of rank 3 and O = 6144: 3 MB of z per split and 1 MB of a, about
-a microsecond beside the 18 that W0 takes; operations do not count. z stays in float32 because it is summed here.
+each) once per token of a short run. Floor for 32 tokens of rank 3 and O = 6144: 3 MB of z per split and 1 MB of a,
+about a microsecond beside the 18 that W0 takes; operations do not count. z stays in float32 because it is summed here.
 
 A row of nothing is selected away by its number; nothing is multiplied by a mask.
 

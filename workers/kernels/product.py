@@ -3,7 +3,8 @@
 Launches per layer: a decode step with FLoRA two (stacked rows, outputs), with LoRA three (the library's own product,
 dots, outputs), whatever the number of adapters and however their ranks mix.
 
-Shape legend: T tokens in the step, I input features, O output features, N bank pages, Z splits of R rows, D splits of P dots.
+Shape legend: T tokens in the step, I input features, O output features, N bank pages, Z splits of R rows, D splits of
+P dots.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from workers.kernels.step_tables import LONG_TILE_TOKENS, WEIGHT_TILE_TOKENS, St
 from workers.kernels.tiles import dot_tiles, stacked_tiles, sum_tiles, weight_tiles
 from workers.kernels.weight_mode import weight_mode
 from workers.row_form.base_linear import BaseLinear
+
 
 def adapted_product(
     x_TI: Tensor,

@@ -121,9 +121,7 @@ class HostTables:
     @property
     def sizes(self) -> dict[str, int]:
         """Entries of each section."""
-        return {
-            name: len(words) for name, words in zip(_SECTIONS, self._sections(), strict=True)
-        }
+        return {name: len(words) for name, words in zip(_SECTIONS, self._sections(), strict=True)}
 
     def packed(self, capacity: dict[str, int]) -> npt.NDArray[np.int32]:
         """One buffer with `capacity` entries of each section; the rest are rows and tiles of nothing.

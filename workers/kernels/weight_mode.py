@@ -12,8 +12,8 @@ the 4 M operations of the step's two products. Bytes: W0 from memory once per wa
 
 The epilogue is the one of `outputs.py`, so a run with a scale, add rows and a bias of its own costs no further launch.
 
-Shape legend: T tokens in the step, D splits of P dots, F page numbers, J tiles of C columns, N bank pages, I input features, O
-output features, K mul rows, 16 at a time.
+Shape legend: T tokens in the step, D splits of P dots, F page numbers, J tiles of C columns, N bank pages, I input
+features, O output features, K mul rows, 16 at a time.
 """
 
 from __future__ import annotations

@@ -37,7 +37,16 @@ POINTERS = {
     "scale": "fp32",
 }
 # Integers that are multiples of 16 in every real model; the compiler is told so of each launch's.
-MULTIPLES = ("z_stride", "z_split_stride", "z_row_stride", "y_stride", "weight_stride_o", "in_features", "out_features", "features_per_split")
+MULTIPLES = (
+    "z_stride",
+    "z_split_stride",
+    "z_row_stride",
+    "y_stride",
+    "weight_stride_o",
+    "in_features",
+    "out_features",
+    "features_per_split",
+)
 
 
 def compile_kernel(kernel: Any, tiles: Tiles, **constants: Any) -> dict[str, int]:

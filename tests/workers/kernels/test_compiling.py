@@ -1,4 +1,4 @@
-"""The kernels compile for the GPU they are meant for. No GPU is needed for that; what they would do on one is not run."""
+"""The kernels compile for the GPU they are meant for. No GPU is needed for that, and nothing is run on one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels' numbers against the float64 definition, in Triton's interpreter: what a GPU would compute, not how fast."""
+"""The kernels' numbers against the float64 definition, in Triton's interpreter: what a GPU would compute."""
 
 from __future__ import annotations
 
@@ -184,7 +184,9 @@ def test_the_output_is_rounded_once_to_the_type_that_is_asked_for() -> None:
     rows = mixed.bank.modules["layer"]
     tables = index_for_kernels(mixed.plan, mixed.bank.snapshot.table_of["layer"], WEIGHT_MODE)
     arguments = (mixed.x["layer"], mixed.layers["layer"], rows.in_rows_NI, rows.out_rows_NO, tables)
-    exact, rounded = (adapted_product(*arguments, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        adapted_product(*arguments, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
     assert rounded.dtype == torch.bfloat16
     # A GPU rounds to the nearest, the interpreter towards zero: one step of the type either way.
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-7, atol=0)

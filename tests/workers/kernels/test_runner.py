@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,35 +9,19 @@ from transformers import LlamaConfig
 
 from storage.identity import AdapterVersion
 from tests.workers.engine.small_engine import random_adapter
-from tests.workers.models.small_runner import DEVICE, SmallRunner
+from tests.workers.models.small_runner import SmallRunner
 from tests.workers.models.test_hf import tiny
-from workers.bank.bank import AdapterBank
-from workers.config import EngineSettings
 from workers.models import hf
 from workers.models.arithmetic import kernel_arithmetic
-from workers.models.hf import HfRunner
-from workers.models.loading import LoadedBase
-from workers.models.native.runner import NativeRunner
 from workers.models.runner import SequenceSpan
 
 FLORA, LORA, SCALED = (AdapterVersion(f"{number:064x}") for number in range(3))
 
 
 class AnyRunner(SmallRunner):
-    def __init__(self, kind: type[HfRunner]) -> None:
+    def __init__(self, kind: str) -> None:
         model = tiny(LlamaConfig, torch.float32, num_hidden_layers=1, attention_bias=True)
-        settings = EngineSettings(max_sequences=8, max_sequence_tokens=64)
-        self.runner = kind(LoadedBase(model, "0" * 64, Path("nowhere")), settings)
-        self.bank = AdapterBank(
-            self.runner.shape.projections,
-            num_rows=128,
-            num_slots=8,
-            dtype=self.runner.dtype,
-            device=DEVICE,
-            biases=self.runner.biases,
-            base_weight=self.runner.base_weight,
-        )
-        self.runner.bind(self.bank)
+        super().__init__(model, kind=kind, num_slots=8)
         shapes = self.runner.shape.projections
         self.load({
             FLORA: random_adapter(shapes, "flora", lambda number: 1 + number % 3, seed=1),
@@ -52,9 +34,7 @@ class AnyRunner(SmallRunner):
         generator = torch.Generator().manual_seed(0)
         lengths = [3, 20, 2, 1][: len(adapters)]
         tokens = [torch.randint(3, 90, (length + 1,), generator=generator) for length in lengths]
-        first = self.prompts(
-            [(one[:-1], who) for one, who in zip(tokens, adapters, strict=True)]
-        )
+        first = self.prompts([(one[:-1], who) for one, who in zip(tokens, adapters, strict=True)])
         second = self.step(
             [
                 (SequenceSpan(slot, length, 1), one[-1:], who)
@@ -66,10 +46,8 @@ class AnyRunner(SmallRunner):
         return torch.cat([*first, *second])
 
 
-@pytest.mark.parametrize("kind", [HfRunner, NativeRunner])
-def test_answers_are_those_of_torch(
-    kind: type[HfRunner], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["hf", "native"])
+def test_answers_are_those_of_torch(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mixes: list[list[AdapterVersion | None]] = [
         [FLORA, LORA, None, SCALED],
         [LORA, SCALED, None],
