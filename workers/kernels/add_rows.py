@@ -3,9 +3,9 @@
 The second half, Σ_e d_te q_e, is part of `outputs.py`: the two are one launch each, as SGMV's shrink and expand.
 
 Bytes: p once per tile of a run's tokens (2 · I per row; decode: once per token), x once per 16 rows. Floor for 64
-tokens of 64 adapters, rank 16, I = 6144: 12.6 MB of p, 3 µs at 4.3 TB/s, and as much again for q. A program takes up to
-16 rows of one tile and a part of the input features, enough programs to keep every processor reading; the parts are summed in a
-fixed order where the dots are used.
+tokens of 64 adapters, rank 16, I = 6144: 12.6 MB of p, 3 µs at 4.3 TB/s, and as much again for q. A program takes up
+to 16 rows of one tile and a part of the input features, so that there are enough programs to keep every processor
+reading; the parts are summed in a fixed order where the dots are used.
 
 A program sees rows of one adapter and tokens of one run, so nothing broken can reach a neighbour.
 
