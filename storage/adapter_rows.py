@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -91,10 +90,6 @@ class ModuleRows:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(torch.isfinite(tensor).all()) for tensor in self.tensors().values())
 
 
 @dataclass(frozen=True, slots=True)

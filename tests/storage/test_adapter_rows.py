@@ -24,13 +24,27 @@ def test_rows_count_what_they_hold() -> None:
     assert AdapterRows().max_rank == 0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_one_value_that_is_not_finite_is_noticed_in_any_tensor(value: float) -> None:
-    for field in ("mul_a_RO", "mul_b_RI", "scale_O", "bias_scale_O", "bias_shift_O"):
-        tensor = torch.ones(2, 3) if field.startswith("mul") else torch.ones(3)
-        assert ModuleRows(**{field: tensor}).is_finite
-        tensor.view(-1)[-1] = value
-        assert not ModuleRows(**{field: tensor}).is_finite
+def test_rows_say_whether_they_depend_on_the_bases_values() -> None:
+    one, other = torch.ones(1, 5), torch.ones(1, 4)
+    flora = ModuleRows(mul_a_RO=one, mul_b_RI=other)
+    dora = ModuleRows(add_q_EO=one, add_p_EI=other, magnitude_O=torch.ones(5))
+    assert flora.needs_its_base and dora.needs_its_base
+    for rows in (
+        ModuleRows(mul_b_RI=other),  # IA3
+        ModuleRows(scale_O=torch.ones(5), bias_scale_O=torch.ones(5)),
+        ModuleRows(add_q_EO=one, add_p_EI=other, bias_shift_O=torch.ones(5)),
+        ModuleRows(bias_O=torch.ones(5)),
+    ):
+        assert not rows.needs_its_base
+        assert not AdapterRows({"a": rows}).needs_its_base
+        assert AdapterRows({"a": rows, "b": dora}).needs_its_base
+
+
+def test_a_scale_or_a_bias_alone_counts_as_a_row() -> None:
+    assert ModuleRows().num_rows == 0
+    assert ModuleRows(scale_O=torch.ones(5)).num_rows == 1
+    assert ModuleRows(bias_O=torch.ones(5)).num_rows == 1
+    assert AdapterRows({"a": ModuleRows(bias_O=torch.ones(5))}).max_rank == 1
 
 
 def test_contradictory_rows_cannot_be_made() -> None:
@@ -40,3 +54,10 @@ def test_contradictory_rows_cannot_be_made() -> None:
         ModuleRows(add_q_EO=torch.ones(1, 2))
     with pytest.raises(ValueError):
         ModuleRows(mul_a_RO=torch.ones(2, 5), mul_b_RI=torch.ones(3, 5))
+    with pytest.raises(ValueError):
+        ModuleRows(bias_O=torch.ones(5), bias_shift_O=torch.ones(5))
+    with pytest.raises(ValueError):
+        ModuleRows(bias_O=torch.ones(5), bias_scale_O=torch.ones(5))
+    for beside in ({"mul_a_RO": torch.ones(1, 5)}, {"scale_O": torch.ones(5)}, {"offset": 0}):
+        with pytest.raises(ValueError):
+            ModuleRows(magnitude_O=torch.ones(5), **beside)  # type: ignore[arg-type]

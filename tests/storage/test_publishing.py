@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig
 
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.base_checkpoint import BaseFacts
@@ -17,7 +18,17 @@ from storage.formats.writing import write_flora, write_lora
 from storage.local_store import LocalObjectStore
 from storage.publishing import publish_adapter
 from storage.registry import Registry
-from tests.storage.peft_adapters import HIRA, random_adapter, tiny_llama
+from tests.storage.peft_adapters import (
+    BIAS_ALL,
+    DORA,
+    HIRA,
+    IA3,
+    IA3_EXPRESSION,
+    LORA,
+    RSLORA_PATTERNS,
+    random_adapter,
+    tiny_llama,
+)
 from tests.storage.versions import NAME
 
 _Q, _UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -99,26 +110,71 @@ def test_a_base_whose_layers_only_the_engine_knows_is_a_warning(registry: Regist
     assert "shows when it is first used" in warning
 
 
+def _tiny_facts() -> BaseFacts:
+    """The tiny Llama that `random_adapter` adapts."""
+    projections = {
+        path: (module.in_features, module.out_features)
+        for path, module in tiny_llama().named_modules()
+        if isinstance(module, torch.nn.Linear) and path != "lm_head"
+    }
+    return BaseFacts("ef" * 32, "tiny", projections)
+
+
+@pytest.mark.parametrize(
+    ("config", "family", "is_bound"),
+    [
+        (HIRA, "hira", True),
+        (DORA, "dora", True),
+        (LORA, "lora", False),
+        (RSLORA_PATTERNS, "rslora", False),
+        (BIAS_ALL, "lora", False),
+        (IA3, "ia3", False),
+    ],
+)
 def test_a_peft_directory_is_bound_to_the_base_it_is_pushed_for(
-    registry: Registry, tmp_path: Path
+    registry: Registry, tmp_path: Path, config: PeftConfig, family: str, is_bound: bool
 ) -> None:
-    _, files = random_adapter(HIRA, tmp_path / "peft", torch.float32)
-    base = BaseFacts(
-        "ef" * 32,
-        "tiny",
-        {
-            path: (module.in_features, module.out_features)
-            for path, module in tiny_llama().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        },
-    )
+    """The warning is for families that multiply or measure the base's weights."""
+    _, files = random_adapter(config, tmp_path / "peft", torch.bfloat16)
+    base = _tiny_facts()
     manifest = publish_adapter(registry, NAME, files, base)
-    assert manifest.content.base_digest == base.digest
-    (warning,) = manifest.provenance.warnings
-    assert "do not say which base" in warning and "bound to tiny" in warning
+    content = manifest.content
+    assert (content.family, content.base_digest) == (family, base.digest)
+    assert content.dtype == "bfloat16"
+    assert content.max_rank == max(read_peft(files).rows.max_rank, 1)
+    for warning in manifest.provenance.warnings:
+        assert "do not say which base" in warning and "bound to tiny" in warning
+    assert len(manifest.provenance.warnings) == is_bound
     # For another base the same files are another version.
     other = publish_adapter(registry, NAME, files, replace(base, digest="12" * 32))
     assert other.version != manifest.version
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "told"),
+    [
+        (DORA, (20, 24), "q_proj.lora_A.weight' is for 32 input features; expected 20"),
+        (DORA, (32, 20), "q_proj.lora_B.weight' is for 24 output features; expected 20"),
+        (BIAS_ALL, None, "q_proj.lora_A.weight' is for 'model.layers.0.self_attn.q_proj', which"),
+        (IA3_EXPRESSION, (32, 20), "q_proj.ia3_l' is for 24 output features; expected 20"),
+    ],
+)
+def test_an_adapter_of_any_family_that_does_not_fit_is_refused_by_tensor(
+    registry: Registry,
+    tmp_path: Path,
+    config: PeftConfig,
+    change: tuple[int, int] | None,
+    told: str,
+) -> None:
+    _, files = random_adapter(config, tmp_path / "peft", torch.float32)
+    base = _tiny_facts()
+    del base.projections[_Q]
+    if change is not None:
+        base.projections[_Q] = change
+    with pytest.raises(AdapterRefusedError) as refused:
+        publish_adapter(registry, NAME, files, base)
+    assert told in refused.value.message
+    assert registry.names() == []
 
 
 @pytest.mark.parametrize(

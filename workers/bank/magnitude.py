@@ -28,14 +28,17 @@ def with_scale(path: str, rows: ModuleRows, weight_OI: Tensor) -> ModuleRows:
         weight_OI: the base weight, in any type, on any device; only read.
 
     Raises:
-        AdapterRefusedError: a row of the weight is zero under the adapter, so no scale gives it a magnitude.
+        AdapterRefusedError: a row of the weight is zero, or not finite, under the adapter, so no scale gives it a
+            magnitude.
     """
     assert rows.magnitude_O is not None
     norm_O = _row_norms(rows, weight_OI)
-    if not bool((norm_O > 0).all()):
-        row = int((norm_O > 0).logical_not().nonzero()[0])
+    has_length_O = (norm_O > 0) & torch.isfinite(norm_O)
+    if not bool(has_length_O.all()):
+        row = int(has_length_O.logical_not().nonzero()[0])
         raise AdapterRefusedError(
-            f"{path}: output {row} has a magnitude, but its weight is zero with the adapter's rows added",
+            f"{path}: output {row} has a magnitude, but its weight has the length {float(norm_O[row])} with the "
+            "adapter's rows added",
             param=path,
         )
     scale_O = rows.magnitude_O.cpu().double() / norm_O

@@ -42,7 +42,9 @@ class ModuleBank:
         return cls(in_rows_NI, out_rows_NO, bias_O)
 
     def check(self, path: str, rows: ModuleRows) -> None:
-        """Raises AdapterRefusedError for a shape that is not the projection's, or a value that is not finite."""
+        """Raises AdapterRefusedError for a shape that is not the projection's, or a value that is not finite in the
+        bank's type.
+        """
         sides = {"I": self.in_rows_NI.shape[1], "O": self.out_rows_NO.shape[1]}
         for name, tensor in rows.tensors().items():
             expected = sides[name[-1]]
@@ -51,8 +53,10 @@ class ModuleBank:
                     f"{path}: {name} has {tensor.shape[-1]} features, the model {expected}",
                     param=path,
                 )
-        if not rows.is_finite:
-            raise AdapterRefusedError(f"{path} has a value that is not finite", param=path)
+            if not bool(torch.isfinite(tensor.to(self.in_rows_NI.dtype)).all()):
+                raise AdapterRefusedError(
+                    f"{path}: {name} has a value that is not finite", param=path
+                )
 
     def write(self, rows: ModuleRows, pages: SlotPages) -> None:
         """Copy one adapter's rows into its own pages. Its magnitude must have become a scale before."""

@@ -230,11 +230,13 @@ def test_an_adapter_of_another_base_is_refused_where_the_base_matters(
         version(1): rows(base_digest="f" * 64),
         version(2): rows(base_digest=BASE),
         version(3): rows(base_digest="f" * 64, both_sides=False),  # IA3: only shapes matter
+        version(4): AdapterRows({"q": ModuleRows(magnitude_O=torch.ones(2))}, "f" * 64),  # DoRA
     }
-    for number in (1, 2, 3):
+    for number in (1, 2, 3, 4):
         loader.request(version(number))
-    eventually(lambda: loader.num_errors == 1 and len(bank.residents()) == 2)
-    assert isinstance(loader.request(version(1)), BaseMismatchError)
+    eventually(lambda: loader.num_errors == 2 and len(bank.residents()) == 2)
+    for number in (1, 4):
+        assert isinstance(loader.request(version(number)), BaseMismatchError)
 
 
 def test_whoever_waits_is_woken_by_every_end(loader: AdapterLoader, source: Source) -> None:
