@@ -177,4 +177,4 @@ def test_blocks_are_forgotten_least_recently_used_first(
     assert cached(engine, greedy("r", prompt(1, 21), max_tokens=4))[0] == 20
     cached(engine, greedy("r", prompt(3, 21), max_tokens=4))
     assert cached(engine, greedy("r", prompt(1, 21), max_tokens=4))[0] == 20
-    assert cached(engine, greedy("r", prompt(2, 21), max_tokens=4))[0] == 12
+    assert cached(engine, greedy("r", prompt(2, 21), max_tokens=4))[0] == 16
