@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.misses import MISSES
 from benchmarks.results_file import RESULTS
 
 
-def report(directory: Path = RESULTS) -> list[str]:
-    """The lines to print: the table, the levers of speed, then every row that misses its bar, with its note."""
+def report(directory: Path = RESULTS, misses: Mapping[tuple[str, str], str] = MISSES) -> list[str]:
+    """The lines to print: the table, the levers of speed, then every row that misses its bar, with the reason."""
     results = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(directory.glob("*.json"))
@@ -24,9 +26,9 @@ def report(directory: Path = RESULTS) -> list[str]:
                 f"{name:<15} {row['name']:<66} {row['value']:>9.3g} {_bar(row):>7}  {_met(row):<3}  {_interval(row)}"
             )
             if row["met"] is False:
-                note = f": {row['note']}" if row.get("note") else ""
+                reason = misses.get((name, row["name"]), "no reason is known yet")
                 missed.append(
-                    f"missed  {name}: {row['name']} is {row['value']:.3g}, bar {_bar(row)}{note}"
+                    f"missed  {name}: {row['name']} is {row['value']:.3g}, bar {_bar(row)}: {reason}"
                 )
         levers += [_lever(name, lever) for lever in result.get("levers", ())]
     return [*lines, *levers, *missed]

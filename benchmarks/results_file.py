@@ -34,7 +34,6 @@ class Row:
     rounds: tuple[float, ...]
     bar: float | None = None
     better: Literal["higher", "lower"] = "higher"
-    note: str = ""  # why it misses its bar, and what floor it stands on
 
     @property
     def value(self) -> float:
@@ -134,7 +133,7 @@ def write_result(
     check_same_cores(sides)
     content = {
         "claim": claim,
-        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "command": command_line(name, sys.argv[1:]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
@@ -158,6 +157,19 @@ def write_result(
     path = directory / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
+
+
+def command_line(name: str, arguments: Sequence[str]) -> str:
+    """How to run a benchmark again; places on this machine by their last part, or from the user's home."""
+    shown = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_relative_to(Path.home()):
+            argument = f"~/{path.relative_to(Path.home())}"
+        elif path.is_absolute():
+            argument = f"…/{path.name}"
+        shown.append(argument)
+    return " ".join(["python -m", f"benchmarks.{name}", *shown])
 
 
 def print_rows(rows: Sequence[Row]) -> None:

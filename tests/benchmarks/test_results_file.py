@@ -14,6 +14,7 @@ from benchmarks.results_file import (
     Side,
     VoidRunError,
     check_same_cores,
+    command_line,
     own_side,
     write_result,
 )
@@ -76,6 +77,13 @@ def test_a_bar_is_met_on_its_own_side(row: Row, met: bool | None) -> None:
     assert row.met is met
 
 
+def test_a_result_names_no_place_of_this_machine() -> None:
+    home = str(Path.home() / "models" / "small")
+    assert command_line(
+        "some", ["--base", home, "--python", "/opt/some/bin/python", "--rounds", "3"]
+    ) == ("python -m benchmarks.some --base ~/models/small --python …/python --rounds 3")
+
+
 def test_an_interval_of_few_rounds_is_not_claimed() -> None:
     assert Row("a", (1.0, 2.0, 3.0, 4.0, 5.0)).interval_95 is None
     assert Row("a", (4.0, 2.0, 3.0, 1.0, 6.0, 5.0)).interval_95 == (1.0, 6.0)
@@ -88,15 +96,15 @@ def test_the_interval_of_twenty_rounds_is_the_one_in_tables_of_the_sign_test() -
 def test_the_report_names_every_miss_with_its_reason_and_nothing_else(tmp_path: Path) -> None:
     rows = [
         Row("quick enough", (2.0,), 1.0),
-        Row("too slow", (0.5,), 1.0, note="the floor is 0.6"),
+        Row("too slow", (0.5,), 1.0),
         Row("too big", (3.0,), 2.0, "lower"),
         Row("only told", (7.0,)),
     ]
     write_result("one", "", rows, seed=0, directory=tmp_path)
-    misses = [line for line in report(tmp_path) if line.startswith("missed")]
-    assert misses == [
+    reasons = {("one", "too slow"): "the floor is 0.6", ("one", "quick enough"): "never printed"}
+    assert [line for line in report(tmp_path, reasons) if line.startswith("missed")] == [
         "missed  one: too slow is 0.5, bar ≥ 1: the floor is 0.6",
-        "missed  one: too big is 3, bar ≤ 2",
+        "missed  one: too big is 3, bar ≤ 2: no reason is known yet",
     ]
 
 
