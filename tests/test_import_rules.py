@@ -20,7 +20,7 @@ PACKAGES = {
     "cluster": {"storage"},
     "deployments": {"cluster", "training", "workers", "storage"},
     "cli": {"deployments", "cluster", "training", "workers", "storage"},
-    "benchmarks": {"deployments", "cluster", "training", "workers", "storage"},
+    "benchmarks": {"cli", "deployments", "cluster", "training", "workers", "storage"},
 }
 """Package → the packages of ours it may import besides itself."""
 
