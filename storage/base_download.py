@@ -73,8 +73,9 @@ def fetch_base(url: str, settings: StorageSettings) -> Path:
         prefix, _, only = prefix.rpartition("/")
     store = S3ObjectStore(bucket, prefix, settings)
     listing = _list(store, url, only)
-    place = [url, settings.s3_endpoint_url, sorted(listing.items())]
-    key = sha256_hex(canonical_json(place))
+    key = sha256_hex(
+        canonical_json([settings.s3_endpoint_url, bucket, prefix, sorted(listing.items())])
+    )
     root = settings.cache_dir.expanduser().absolute() / "bases"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -95,6 +97,27 @@ def test_logits_are_the_models_own_however_the_tokens_come(name: str) -> None:
     torch.testing.assert_close(got_second, expected[1], rtol=0, atol=1e-6)
 
 
+def _with_an_experts_layer() -> PreTrainedModel:
+    """Some of the tokens go through it, or as here none."""
+    model = tiny(LlamaConfig)
+    model.model.layers[1].mlp.expert = torch.nn.Linear(32, 32)
+    return model
+
+
+def _counting_its_own_positions() -> PreTrainedModel:
+    model = tiny(LlamaConfig)
+    forward = model.forward
+    model.forward = lambda input_ids, **arguments: forward(input_ids, **arguments)
+    return model
+
+
+def _seeing_pictures() -> PreTrainedModel:
+    text = {**SMALL, "sliding_window": 64}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "num_attention_heads": 4})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "sliding window": (lambda: tiny(MistralConfig, sliding_window=16), "sliding window of 16"),
     "layers with a window": (
@@ -128,6 +151,25 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "cross attention": (
         lambda: tiny(GPT2Config, add_cross_attention=True),
         "cross attention",
+    ),
+    "pictures": (_seeing_pictures, "inputs other than text"),
+    "experts": (_with_an_experts_layer, r"every token once through model\.layers\.1\.mlp\.expert"),
+    "positions": (_counting_its_own_positions, "positions that it counts itself"),
+    "rope of some layers that looks at the batch": (
+        lambda: tiny(
+            Gemma3TextConfig,
+            sliding_window=64,
+            rope_parameters={
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {
+                    "rope_type": "dynamic",
+                    "factor": 2.0,
+                    "rope_theta": 10000.0,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+        ),
+        "dynamic rotary scaling",
     ),
     "rope that looks at the batch": (
         lambda: tiny(

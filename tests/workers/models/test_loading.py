@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
 
 from storage.base_checkpoint import read_base_facts
+from storage.config import StorageSettings
 from storage.errors import InvalidRequestError, StoreUnavailableError
-from workers.models.loading import load_base, load_tokenizer
+from tests.conftest import S3Endpoint
+from workers.config import EngineSettings
+from workers.models.loading import load_base, load_config, load_tokenizer, with_local_base
 
 CPU = torch.device("cpu")
 
@@ -58,6 +62,36 @@ def test_a_damaged_model_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> Non
     (damaged / "tokenizer_config.json").unlink()
     with pytest.raises(InvalidRequestError, match="no tokenizer that loads"):
         load_tokenizer(str(damaged))
+
+
+def test_shards_are_one_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    whole = load_base(str(tiny_llama_dir), torch.float32, CPU)
+    whole.model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    sharded = load_base(str(tmp_path), torch.float32, CPU)
+    assert sharded.digest == whole.digest
+    expected = whole.model.state_dict()
+    for name, tensor in sharded.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    next(iter(sorted(tmp_path.glob("*.safetensors")))).unlink()
+    with pytest.raises(InvalidRequestError, match=r"model-00001-of-.* is missing"):
+        load_base(str(tmp_path), torch.float32, CPU)
+
+
+def test_a_model_in_s3_is_the_model_that_was_put_there(
+    tiny_llama_dir: Path, s3_endpoint: S3Endpoint, tmp_path: Path
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint.url)
+    for file in tiny_llama_dir.iterdir():
+        client.upload_file(str(file), s3_endpoint.bucket, f"bases/tiny/{file.name}")
+    storage = StorageSettings(s3_endpoint_url=s3_endpoint.url, cache_dir=tmp_path)
+    named = EngineSettings(base=f"s3://{s3_endpoint.bucket}/bases/tiny", max_sequence_tokens=99)
+    settings = with_local_base(named, storage)
+    assert settings == named.model_copy(update={"base": settings.base})
+    base = load_base(settings.base, torch.float32, CPU)
+    assert base.digest == read_base_facts(tiny_llama_dir).digest
+    assert base.tokenizer.decode(base.tokenizer.encode("a lazy dog")) == "a lazy dog"
+    assert load_config(settings.base).model_type == "llama"
 
 
 def test_weights_are_required_to_be_safetensors(tiny_llama_dir: Path, tmp_path: Path) -> None:
