@@ -5,11 +5,16 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
+import boto3
 import pytest
 
 from cli.bases import BUILT_IN, find_base, list_bases, pull_base
 from cli.errors import CommandFailedError
+from cli.settings import base_directory, base_name
+from storage.base_checkpoint import read_base_facts
+from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
+from tests.conftest import S3Endpoint
 
 
 def test_the_built_in_base_answers(smollm2_dir: Path) -> None:
@@ -37,6 +42,29 @@ def test_a_directory_is_copied_whole_and_once(home: Path, tiny_llama_dir: Path) 
     (listed,) = list_bases()
     assert listed.name == "tiny-llama"
     assert listed.num_bytes == sum(file.stat().st_size for file in directory.iterdir())
+
+
+def test_a_gguf_file_is_a_base_where_it_lies(home: Path, tmp_path: Path) -> None:
+    file = tmp_path / "packed" / "Tiny.Q8_0.gguf"
+    file.parent.mkdir()
+    file.write_bytes(b"GGUF")
+    storage = StorageSettings()
+    assert find_base(str(file)) == file == base_directory(str(file), storage)
+    assert find_base(str(file.parent)) == file.parent
+    assert base_name(str(file), file) == "tiny.q8_0"
+
+
+def test_a_base_in_s3_is_fetched_and_called_by_its_prefix(
+    home: Path, tmp_path: Path, tiny_llama_dir: Path, s3_endpoint: S3Endpoint
+) -> None:
+    client = boto3.client("s3", endpoint_url=s3_endpoint.url)
+    for file in tiny_llama_dir.iterdir():
+        client.upload_file(str(file), s3_endpoint.bucket, f"for-cli/Tiny-1.5/{file.name}")
+    source = f"s3://{s3_endpoint.bucket}/for-cli/Tiny-1.5"
+    storage = StorageSettings(s3_endpoint_url=s3_endpoint.url, cache_dir=tmp_path)
+    directory = base_directory(source, storage)
+    assert read_base_facts(directory).digest == read_base_facts(tiny_llama_dir).digest
+    assert base_name(source, directory) == "tiny-1.5"
 
 
 def test_what_is_no_base_is_refused(home: Path, tmp_path: Path) -> None:
