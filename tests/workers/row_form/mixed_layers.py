@@ -10,6 +10,7 @@ from torch import Tensor
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterVersion
 from workers.bank.bank import AdapterBank
+from workers.row_form.adapted_linear import Product
 from workers.row_form.adapted_product import adapted_product
 from workers.row_form.base_linear import DenseLinear
 from workers.row_form.cost import CostModel
@@ -100,11 +101,11 @@ class MixedLayers:
             self.bank.release(version)
         return plan
 
-    def output(self, path: str, cost: CostModel) -> Tensor:
+    def output(self, path: str, cost: CostModel, product: Product = adapted_product) -> Tensor:
         index = index_module_group(self.plan, self.bank.snapshot.table_of[path], cost)
         rows = self.bank.modules[path]
         layer = self.layers[path]
-        return adapted_product(self.x[path], layer, rows.in_rows_NI, rows.out_rows_NO, index)
+        return product(self.x[path], layer, rows.in_rows_NI, rows.out_rows_NO, index)
 
     def reference(self, path: str, *, with_adapters: bool = True) -> Tensor:
         layer, pieces, start = self.layers[path], [], 0
