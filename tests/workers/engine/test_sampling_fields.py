@@ -98,16 +98,18 @@ def test_bias_and_penalties_do_what_their_names_say(tiny_llama_dir: Path) -> Non
     assert len(set(varied)) > len(set(stuck))
 
 
+@pytest.mark.parametrize("runner", ["hf", "native"])
 @pytest.mark.parametrize("max_step_tokens", [48, 12])
 def test_logprobs_of_prompt_and_answer_are_those_of_transformers_however_the_prompt_is_cut(
-    tiny_llama_dir: Path, model: torch.nn.Module, max_step_tokens: int
+    tiny_llama_dir: Path, model: torch.nn.Module, max_step_tokens: int, runner: str
 ) -> None:
     requests = [
         greedy(f"r{i}", prompt(i, length), max_tokens=4, logprobs=i, prompt_logprobs=i)
         for i, length in enumerate((1, 2, 17, 40))
     ]
     requests.append(greedy("silent", prompt(9, 20), max_tokens=4))
-    answers = run(small_engine(tiny_llama_dir, max_step_tokens=max_step_tokens), requests)
+    engine = small_engine(tiny_llama_dir, max_step_tokens=max_step_tokens, runner=runner)
+    answers = run(engine, requests)
     for number, request in enumerate(requests[:-1]):
         answer = answers[request.request_id]
         tokens = [*request.prompt_token_ids, *answer.tokens]

@@ -3,7 +3,7 @@
 Ties do not depend on a sort's whims either: tokens tied with the last one that top-k or top-p keeps are kept too, and
 draws run over token ids in ascending order.
 
-Shape legend: N rows drawn at random, V vocabulary, W most probable tokens looked at.
+Shape legend: N rows drawn at random, M of them, V vocabulary, W most probable tokens looked at.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from workers.engine.sampling.row import SamplingRow
 
-# Top-p hardly ever keeps more tokens than this; where it does, the whole vocabulary is sorted.
-USUAL_WIDTH = 1024
+# Top-p mostly keeps a few tokens; where it keeps more, wider looks are taken, and the whole vocabulary last.
+WIDTHS = (64, 1024, 8192)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -63,17 +63,34 @@ def _column(values: Sequence[float], dtype: torch.dtype, device: torch.device) -
 def _least_kept(weight_NV: Tensor, top_k_N1: Tensor, top_p_N1: Tensor) -> Tensor:
     """The weight of the last token that top-k, and then top-p of what it left, keeps; 0 where neither limits."""
     vocabulary = weight_NV.shape[1]
-    is_free_N1 = (top_k_N1 >= vocabulary) & (top_p_N1 >= 1)
-    all_N1 = weight_NV.sum(dim=1, keepdim=True, dtype=torch.float64)
-    for width in (min(USUAL_WIDTH, vocabulary), vocabulary):
-        top_NW = weight_NV.topk(width, dim=1).values
-        within_k_NW = torch.arange(width, device=weight_NV.device) < top_k_N1
-        mass_NW = torch.where(within_k_NW, top_NW, 0).cumsum(dim=1, dtype=torch.float64)
-        is_cut_N1 = top_k_N1 <= width
-        wanted_N1 = top_p_N1 * torch.where(is_cut_N1, mass_NW[:, -1:], all_N1)
-        if bool((is_free_N1 | is_cut_N1 | (mass_NW[:, -1:] >= wanted_N1)).all()):
+    least_N1 = torch.zeros_like(weight_NV[:, :1])
+    # Sorting a whole vocabulary is dear: each row is looked at no wider than it needs.
+    unknown_M = ((top_k_N1 < vocabulary) | (top_p_N1 < 1))[:, 0].nonzero()[:, 0]
+    for width in (*(one for one in WIDTHS if one < vocabulary), vocabulary):
+        if not len(unknown_M):
             break
-    before_NW = mass_NW - torch.where(within_k_NW, top_NW, 0)
-    is_kept_NW = within_k_NW & (before_NW < wanted_N1)
-    last_N1 = is_kept_NW.sum(dim=1, keepdim=True) - 1
-    return torch.where(is_free_N1, 0, top_NW.gather(1, last_N1.clamp(min=0)))
+        found_M1, is_known_M = _least_within(
+            width, weight_NV[unknown_M], top_k_N1[unknown_M], top_p_N1[unknown_M]
+        )
+        least_N1[unknown_M[is_known_M]] = found_M1[is_known_M]
+        unknown_M = unknown_M[~is_known_M]
+    return least_N1
+
+
+def _least_within(
+    width: int, weight_MV: Tensor, top_k_M1: Tensor, top_p_M1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_least_kept`, looking at the `width` best tokens, and where that was enough."""
+    vocabulary = weight_MV.shape[1]
+    top_MW = weight_MV.topk(width, dim=1).values
+    within_k_MW = torch.arange(width, device=weight_MV.device) < top_k_M1
+    mass_MW = torch.where(within_k_MW, top_MW, 0).cumsum(dim=1, dtype=torch.float64)
+    is_cut_M1 = top_k_M1.clamp(max=vocabulary) <= width
+    all_M1 = weight_MV.sum(dim=1, keepdim=True, dtype=torch.float64)
+    wanted_M1 = top_p_M1 * torch.where(is_cut_M1, mass_MW[:, -1:], all_M1)
+    before_MW = mass_MW - torch.where(within_k_MW, top_MW, 0)
+    last_M1 = (within_k_MW & (before_MW < wanted_M1)).sum(dim=1, keepdim=True) - 1
+    # Where top-k cuts further out, what it leaves is not known yet.
+    is_enough_M1 = (mass_MW[:, -1:] >= wanted_M1) & (top_k_M1 >= vocabulary)
+    is_known_M = (is_cut_M1 | is_enough_M1)[:, 0]
+    return top_MW.gather(1, last_M1.clamp(min=0)), is_known_M

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from workers.engine.request import TokenLogprobs
 
+# A whole prompt's logits are large; what is computed from them is not made as large at once.
+BLOCK_ROWS = 64
+
 
 @torch.inference_mode()
 def token_logprobs(
@@ -25,8 +28,16 @@ def token_logprobs(
     Args:
         logits_NV: float32 or float64, as the model gave them.
     """
-    if not tokens:
-        return []
+    scores: list[TokenLogprobs | None] = []
+    for start in range(0, len(tokens), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        scores += _block_logprobs(logits_NV[block], tokens[block], num_top[block])
+    return scores
+
+
+def _block_logprobs(
+    logits_NV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprobs | None]:
     token_N1 = torch.tensor(tokens, device=logits_NV.device)[:, None]
     chosen = logits_NV.gather(1, token_N1)[:, 0].tolist()
     totals = logits_NV.logsumexp(dim=1).tolist()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from workers.engine.request import SamplingParams, TokenLogprobs
-from workers.engine.sampling.logprobs import token_logprobs
+from workers.engine.sampling.logprobs import BLOCK_ROWS, token_logprobs
 from workers.engine.sampling.row import SampledToken, SamplingRow
 from workers.engine.sampling.sampler import sample
 
@@ -85,6 +85,16 @@ def test_a_row_that_is_not_finite_has_none(bad: float) -> None:
     assert close(second, expected(logits[1], 5, 2))
     row = SamplingRow(SamplingParams(logprobs=1), 0)
     assert sample(logits, [row, row])[0] is None
+
+
+def test_more_rows_than_a_block_are_all_told() -> None:
+    count = 2 * BLOCK_ROWS + 3
+    logits = random_logits(5, count)
+    tokens = [row % VOCABULARY for row in range(count)]
+    scores = token_logprobs(logits, tokens, [row % 3 for row in range(count)])
+    assert len(scores) == count
+    for row, one in enumerate(scores):
+        assert close(one, expected(logits[row], tokens[row], row % 3))
 
 
 def test_no_rows_have_none() -> None:

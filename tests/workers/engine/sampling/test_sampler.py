@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.engine.request import SamplingParams
-from workers.engine.sampling.drawing import USUAL_WIDTH, uniform
+from workers.engine.sampling.drawing import WIDTHS, uniform, weights
 from workers.engine.sampling.row import SamplingRow
 from workers.engine.sampling.sampler import sample
 
@@ -132,13 +132,37 @@ def test_tokens_come_as_often_as_they_should(params: dict[str, float]) -> None:
         assert abs(drawn.count(token) / draws - share) <= margin
 
 
-def test_top_p_that_keeps_more_than_the_usual_width_is_exact() -> None:
-    vocabulary = 3 * USUAL_WIDTH
-    flat = torch.zeros(1, vocabulary)
-    flat[0, 0] = 1.0
+@pytest.mark.parametrize("width", WIDTHS)
+def test_top_p_is_exact_however_many_tokens_it_keeps(width: int) -> None:
+    """A nearly flat row beside one that keeps a single token: 0.9 of 3 widths is more than two of them."""
+    vocabulary = 3 * width
+    logits = torch.zeros(300, vocabulary)
+    logits[:, 0] = 1.0
+    logits[0, 5] = 50.0
     rows = [row(position, top_p=0.9, seed=1) for position in range(300)]
-    drawn = tokens(flat.repeat(300, 1), rows)
-    assert max(token for token in drawn if token is not None) > USUAL_WIDTH
+    first, *drawn = tokens(logits, rows)
+    assert first == 5
+    assert max(token for token in drawn if token is not None) > 2 * width
+    least = weights(logits, rows)
+    # All the others are tied, so all of them are kept.
+    assert torch.equal((least > 0).sum(dim=1), torch.tensor([1] + [vocabulary] * 299))
+
+
+@given(st.integers(0, 100), st.sampled_from([0.2, 0.9, 0.99]), st.sampled_from([0, 50, 3000]))
+def test_wider_looks_keep_what_a_sort_keeps(seed: int, top_p: float, top_k: int) -> None:
+    """Rows that need looks of different widths, in one batch."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([0.1, 1.0, 5.0])[:, None]
+    logits = scale * torch.randn(3, 9000, generator=generator, dtype=torch.float64)
+    params = SamplingParams(top_p=top_p, top_k=top_k)
+    weight = weights(logits, [SamplingRow(params, 0)] * 3)
+    for index in range(3):
+        sorted_V, order_V = logits[index].sort(descending=True)
+        probability_V = sorted_V[: top_k or None].softmax(0)
+        before_V = probability_V.cumsum(0) - probability_V
+        assert set(order_V[: len(before_V)][before_V < top_p].tolist()) == set(
+            weight[index].nonzero()[:, 0].tolist()
+        )
 
 
 def test_seed_and_position_alone_choose_the_random_number() -> None:
