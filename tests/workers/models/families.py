@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import HiraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from storage.adapter_directory import read_directory
@@ -100,18 +101,17 @@ def loaded(directory: Path) -> PreTrainedModel:
 
 
 def peft_adapter(
-    kind: type[PeftConfig], directory: Path, scratch: Path, seed: int
+    config: PeftConfig, directory: Path, scratch: Path, seed: int
 ) -> tuple[PeftModel, AdapterRows]:
-    """On every layer that PEFT calls linear, every tensor random."""
-    settings: dict[str, Any] = {"r": 3, "target_modules": "all-linear"}
-    if kind is LoraConfig:
-        settings |= {"lora_alpha": 2}
-    model = get_peft_model(loaded(directory), kind(**settings), autocast_adapter_dtype=False)
+    """All that is trained is random."""
+    model = get_peft_model(loaded(directory), copy.copy(config), autocast_adapter_dtype=False)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "hira_" in name:
-                parameter.copy_(0.5 * torch.randn_like(parameter))
+            if parameter.requires_grad:
+                # What multiplies every output must not make all of them small.
+                size = 1.5 if "ia3" in name or "magnitude" in name else 0.5
+                parameter.copy_(size * torch.randn_like(parameter))
     model.save_pretrained(scratch)
     return model.eval(), read_peft(read_directory(scratch)).rows
 
@@ -139,4 +139,11 @@ def with_weights_of(rows: AdapterRows, directory: Path) -> PreTrainedModel:
     return model
 
 
-PEFT_KINDS: Mapping[str, type[PeftConfig]] = {"lora": LoraConfig, "hira": HiraConfig}
+_EVERYWHERE = {"target_modules": "all-linear"}
+PEFT_KINDS: Mapping[str, PeftConfig] = {
+    "lora": LoraConfig(r=3, lora_alpha=2, **_EVERYWHERE),
+    "hira": HiraConfig(r=3, **_EVERYWHERE),
+    "dora": LoraConfig(r=2, lora_alpha=2, use_dora=True, bias="lora_only", **_EVERYWHERE),
+    "ia3": IA3Config(feedforward_modules=r".*(mlp|fc)\d?\..*|.*fc\d", **_EVERYWHERE),
+}
+"""On every layer that PEFT calls linear."""

@@ -70,14 +70,14 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     base = loaded(directory)
     references: dict[str, PreTrainedModel] = {"base": base, "base again": base}
     adapters = {}
-    for number, (kind_name, kind) in enumerate(PEFT_KINDS.items()):
+    for number, (kind_name, config) in enumerate(PEFT_KINDS.items()):
         references[kind_name], adapters[version(number)] = peft_adapter(
-            kind, directory, folder / kind_name, seed=number
+            config, directory, folder / kind_name, seed=number
         )
     flora = random_adapter(linear_shapes(base), "flora0", lambda module: 1 + module % 4, seed=5)
-    adapters[version(2)] = flora
+    adapters[version(len(PEFT_KINDS))] = flora
     references["flora"] = with_weights_of(flora, directory)
-    users = [None, None, version(0), version(1), version(2)]
+    users = [None, None, *adapters]
     requests = {
         name: greedy(name, prompt(number, 3 + 4 * number, VOCABULARY), user, NEW_TOKENS)
         for number, (name, user) in enumerate(zip(references, users, strict=True))
