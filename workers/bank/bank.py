@@ -10,26 +10,26 @@ Shape legend: N bank pages, I input features, O output features, R rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from storage.adapter_rows import AdapterRows, ModuleRows
-from storage.errors import AdapterRefusedError, CapacityError
+from storage.errors import AdapterRefusedError
 from storage.identity import AdapterVersion
-from workers.bank.groups import GroupRoom, GroupTable, ModuleGroup
+from workers.bank.books import BankBooks, BankBusyError, Resident
+from workers.bank.groups import GroupTable
 from workers.bank.layout import ModuleLayout, SlotPages
 from workers.bank.magnitude import with_scale
 from workers.bank.module_bank import ModuleBank
-from workers.bank.pages import NUM_RESERVED, PageAllocator
+from workers.bank.pages import NUM_RESERVED
+from workers.bank.transfer import RowTransfer
 from workers.row_form.step_plan import NotResidentError
-
-
-class BankBusyError(Exception):
-    """The adapter fits the bank, but not beside those in use or pinned now. Worth another try after a release."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,34 +37,23 @@ class BankSnapshot:
     """What a step may use: each module's group table, with the slots that were ready when it was taken."""
 
     table_of: Mapping[str, GroupTable]
+    copied: torch.cuda.Event | None = (
+        None  # on a GPU: when the tables, and the rows they name, are there
+    )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of all tables, each once."""
+        for table in set(self.table_of.values()):
+            yield from table.tensors()
 
 
-@dataclass(slots=True)
-class _Resident:
-    """One adapter's place. `last_used` is a count of uses, not a time."""
-
-    slot: int
-    version: AdapterVersion
-    is_ready: bool = False
-    references: int = 0
-    last_used: int = 0
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class BankCounters:
-    loads: int = 0
-    evictions: int = 0
+    """Since the bank was made."""
 
-
-@dataclass(slots=True)
-class _Books:
-    """Everything the lock guards."""
-
-    groups: list[ModuleGroup]
-    free_slots: list[int]
-    by_version: dict[AdapterVersion, _Resident] = field(default_factory=dict)
-    pinned: frozenset[AdapterVersion] = frozenset()
-    uses: int = 0
+    loads: int
+    evictions: int
+    wait_s: float  # how long steps and admission have waited for loads, in all
 
 
 class AdapterBank:
@@ -94,90 +83,86 @@ class AdapterBank:
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = device
-        self.counters = BankCounters()
+        self._num_loads = 0
+        self._wait_s = 0.0
         self._base_weight = base_weight
+        self._transfer = RowTransfer(device)
         pages = num_rows + NUM_RESERVED
         self.modules = {
             path: ModuleBank.empty(pages, shape, biases.get(path), dtype, device)
             for path, shape in projections.items()
         }
-        self._lock = threading.Lock()
-        self._books = _Books([self._empty_group()], list(range(num_slots)))
-        self._snapshot = self._take_snapshot()
-
-    def _empty_group(self) -> ModuleGroup:
-        return ModuleGroup(
-            tuple(self.modules), PageAllocator(self.num_rows), PageAllocator(self.num_rows)
-        )
+        self._lock = threading.Lock()  # of the books; held for moments
+        self._books = BankBooks(tuple(self.modules), num_rows=num_rows, num_slots=num_slots)
+        # Tables follow one another in the order the books changed. Only loads and evictions wait for each other here.
+        self._publishing = threading.Lock()
+        self._joined: BankSnapshot | None = None
+        self._publish()
 
     # What a step needs.
 
     @property
     def snapshot(self) -> BankSnapshot:
-        """The current tables. Slots acquired before this call are in it, and stay valid until released."""
-        return self._snapshot
+        """The current tables, for the thread that steps; it never waits for them.
+
+        Slots acquired before this call are in it, and stay valid until released.
+        """
+        snapshot = self._snapshot
+        self._transfer.join(snapshot.copied, () if snapshot is self._joined else snapshot.tensors())
+        self._joined = snapshot
+        return snapshot
 
     def acquire(self, version: AdapterVersion) -> int:
         """The adapter's slot, which cannot be evicted until `release`. Raises NotResidentError."""
-        with self._lock:
-            resident = self._books.by_version.get(version)
-            if resident is None or not resident.is_ready:
-                raise NotResidentError(f"adapter {version} is not resident")
-            resident.references += 1
-            self._books.uses += 1
-            resident.last_used = self._books.uses
-            return resident.slot
+        with self._timed_lock():
+            return self._books.acquire(version).slot
 
     def release(self, version: AdapterVersion) -> None:
         """Give one reference back."""
-        with self._lock:
-            resident = self._books.by_version[version]
-            if resident.references == 0:
-                raise ValueError(f"adapter {version} is released more often than acquired")
-            resident.references -= 1
+        with self._timed_lock():
+            self._books.release(version)
+
+    @property
+    def resident_slots(self) -> frozenset[int]:
+        with self._timed_lock():
+            return self._books.ready_slots()
 
     # Who is here.
 
     def find(self, version: AdapterVersion) -> int | None:
         """The adapter's slot if its rows are ready, else None."""
         with self._lock:
-            resident = self._books.by_version.get(version)
+            resident = self._books.find(version)
             return resident.slot if resident is not None and resident.is_ready else None
 
     def residents(self) -> tuple[AdapterVersion, ...]:
         """Ready adapters, least recently used first."""
         with self._lock:
-            ready = [one for one in self._books.by_version.values() if one.is_ready]
-        return tuple(one.version for one in sorted(ready, key=lambda one: one.last_used))
+            return tuple(one.version for one in self._books.residents())
 
     def references(self) -> dict[AdapterVersion, int]:
         """How often each adapter in use is held."""
         with self._lock:
-            held = self._books.by_version.values()
-            return {one.version: one.references for one in held if one.references}
+            return self._books.references()
 
     @property
-    def resident_slots(self) -> frozenset[int]:
+    def counters(self) -> BankCounters:
         with self._lock:
-            return self._ready_slots()
+            return BankCounters(self._num_loads, self._books.num_evictions, self._wait_s)
 
     @property
     def rows_used(self) -> int:
         """Rows taken in the fullest projection."""
         with self._lock:
-            return max((group.rows_used for group in self._books.groups), default=0)
+            return self._books.rows_used
 
     def pages_of(self, version: AdapterVersion) -> dict[str, SlotPages]:
         """Where a resident adapter's rows lie in each projection. Raises NotResidentError."""
         with self._lock:
-            resident = self._books.by_version.get(version)
+            resident = self._books.find(version)
             if resident is None:
                 raise NotResidentError(f"adapter {version} is not resident")
-            return {
-                path: group.slots[resident.slot]
-                for group in self._books.groups
-                for path in group.modules
-            }
+            return self._books.pages_of(resident)
 
     # Coming and going.
 
@@ -202,34 +187,53 @@ class AdapterBank:
                 )
         layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
         with self._lock:
-            books = self._books
-            known = books.by_version.get(version)
+            known = self._books.find(version)
             if known is not None and known.is_ready:
                 return known.slot
             if known is not None:
                 raise BankBusyError(f"adapter {version} is being loaded by another thread")
-            self._make_room(layouts)
-            resident = _Resident(books.free_slots.pop(0), version)
-            books.by_version[version] = resident
-            for group in books.groups:
-                group.allocate(resident.slot, layouts[group.modules[0]])
-            places = {
-                path: group.slots[resident.slot] for group in books.groups for path in group.modules
-            }
+            resident = self._books.admit(version, layouts)
+            places = self._books.pages_of(resident)
         try:
-            for path, module_rows in rows.modules.items():
-                self.modules[path].write(self._measured(path, module_rows), places[path])
+            self._write(rows, places)
+            self._publish(resident)
         except BaseException:
             with self._lock:
-                self._leave(resident)
+                self._books.remove(resident)
             raise
-        with self._lock:
-            resident.is_ready = True
-            books.uses += 1
-            resident.last_used = books.uses
-            self.counters.loads += 1
-            self._snapshot = self._take_snapshot()
         return resident.slot
+
+    def _write(self, rows: AdapterRows, places: Mapping[str, SlotPages]) -> None:
+        """Copy an adapter's rows into its pages, which nobody else looks at until they are published."""
+        with torch.no_grad(), self._transfer.copying():
+            # Modules of a group have the same pages, and making an index takes as long as copying a row.
+            index_of: dict[tuple[int, ...], Tensor] = {}
+            for path, module_rows in rows.modules.items():
+                measured = self._measured(path, module_rows)
+                for bank_rows, pages, values in self.modules[path].writes(measured, places[path]):
+                    if pages not in index_of:
+                        index_of[pages] = self._transfer.to_device(torch.tensor(pages))
+                    there = self._transfer.to_device(values, bank_rows.dtype)
+                    bank_rows.index_copy_(0, index_of[pages], there)
+
+    def _publish(self, newcomer: Resident | None = None) -> None:
+        """Make tables of all that is ready the current ones, and then let `newcomer`, which is in them, be used."""
+        with self._publishing:
+            with self._lock:
+                groups = self._books.pages_by_group(newcomer)
+            with self._transfer.copying():
+                table_of = {
+                    path: table
+                    for modules, pages in groups
+                    for table in [GroupTable.build(pages, self.num_slots, self._transfer.to_device)]
+                    for path in modules
+                }
+                copied = self._transfer.mark()
+            self._snapshot = BankSnapshot(table_of, copied)
+            if newcomer is not None:
+                with self._lock:
+                    self._books.make_ready(newcomer)
+                    self._num_loads += 1
 
     def _measured(self, path: str, rows: ModuleRows) -> ModuleRows:
         """The rows as the device knows them: with no magnitude."""
@@ -242,86 +246,38 @@ class AdapterBank:
     def evict(self, version: AdapterVersion) -> None:
         """Free an idle adapter's rows. Raises BankBusyError while it is in use; no error when it is not here."""
         with self._lock:
-            resident = self._books.by_version.get(version)
+            resident = self._books.find(version)
             if resident is None:
                 return
             if resident.references or not resident.is_ready:
                 raise BankBusyError(f"adapter {version} is in use")
-            self._evict(resident)
-            self._snapshot = self._take_snapshot()
+            self._books.evict(resident)
+        self._publish()
 
     def pin(self, versions: Iterable[AdapterVersion]) -> None:
         """Keep exactly these from eviction, whether they are resident yet or not."""
-        with self._lock:
-            self._books.pinned = frozenset(versions)
+        with self._timed_lock():
+            self._books.pin(versions)
 
     def check_integrity(self) -> bool:
-        """Every page and slot has one owner or none, and every reference a resident."""
-        with self._lock:
-            books = self._books
-            taken = [one.slot for one in books.by_version.values()]
-            return (
-                sorted([*books.free_slots, *taken]) == list(range(self.num_slots))
-                and all(one.references >= 0 for one in books.by_version.values())
-                and all(group.check_integrity() for group in books.groups)
-                and all(sorted(group.slots) == sorted(taken) for group in books.groups)
-                and sorted(path for group in books.groups for path in group.modules)
-                == sorted(self.modules)
+        """Every page and slot has one owner or none, every reference a resident, and the tables name what is ready."""
+        with self._publishing, self._lock:
+            pages_of = {
+                path: pages for modules, pages in self._books.pages_by_group() for path in modules
+            }
+            shown = {path: table.pages for path, table in self._snapshot.table_of.items()}
+            return self._books.check_integrity() and all(
+                pages.items() <= shown[path].items() for path, pages in pages_of.items()
             )
 
-    # Inside the lock.
-
-    def _ready_slots(self) -> frozenset[int]:
-        return frozenset(one.slot for one in self._books.by_version.values() if one.is_ready)
-
-    def _take_snapshot(self) -> BankSnapshot:
-        ready = self._ready_slots()
-        tables = {
-            path: table
-            for group in self._books.groups
-            for table in [group.table(ready, self.num_slots, self.device)]
-            for path in group.modules
-        }
-        return BankSnapshot(tables)
-
-    def _make_room(self, layouts: Mapping[str, ModuleLayout]) -> None:
-        books = self._books
-        most = max((max(one.num_in, one.num_out) for one in layouts.values()), default=0)
-        if most > self.num_rows:
-            raise CapacityError(
-                f"the adapter needs {most} rows in one projection; the bank holds {self.num_rows}"
-            )
-        if not books.by_version:
-            books.groups = [self._empty_group()]
-        groups = [part for group in books.groups for part in group.split(layouts)]
-        victims = sorted(
-            (
-                one
-                for one in books.by_version.values()
-                if one.is_ready and not one.references and one.version not in books.pinned
-            ),
-            key=lambda one: one.last_used,
-        )
-        # Nobody is evicted before it is known that evicting the first `count` victims is enough.
-        count = 0
-        room = [GroupRoom(group, layouts[group.modules[0]]) for group in groups]
-        while not (all(one.is_enough for one in room) and (books.free_slots or count)):
-            if count == len(victims):
-                raise BankBusyError("no room beside the adapters in use")
-            for one in room:
-                one.without(victims[count].slot)
-            count += 1
-        books.groups = groups
-        for victim in victims[:count]:
-            self._evict(victim)
-
-    def _evict(self, resident: _Resident) -> None:
-        self._leave(resident)
-        self.counters.evictions += 1
-
-    def _leave(self, resident: _Resident) -> None:
-        books = self._books
-        del books.by_version[resident.version]
-        for group in books.groups:
-            group.free(resident.slot)
-        books.free_slots.append(resident.slot)
+    @contextmanager
+    def _timed_lock(self) -> Iterator[None]:
+        """The books' lock, for the thread that steps: what it waits is counted."""
+        if not self._lock.acquire(blocking=False):
+            began_s = time.perf_counter()
+            self._lock.acquire()
+            self._wait_s += time.perf_counter() - began_s
+        try:
+            yield
+        finally:
+            self._lock.release()

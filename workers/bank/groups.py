@@ -8,7 +8,7 @@ Shape legend: S bank slots, F pages of all slots of a group, one after another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class PageLists:
         cls,
         pairs: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]],
         num_slots: int,
-        device: torch.device,
+        to_device: Callable[[Tensor], Tensor],
     ) -> PageLists:
         counts = {slot: len(ins) for slot, (ins, _) in pairs.items() if ins}
         first, count = [0] * num_slots, [0] * num_slots
@@ -44,10 +44,10 @@ class PageLists:
             flat_in.extend(ins)
             flat_out.extend(outs)
         return cls(
-            first_S=torch.tensor(first, device=device),
-            count_S=torch.tensor(count, device=device),
-            in_page_F=torch.tensor(flat_in, dtype=torch.int64, device=device),
-            out_page_F=torch.tensor(flat_out, dtype=torch.int64, device=device),
+            first_S=to_device(torch.tensor(first)),
+            count_S=to_device(torch.tensor(count)),
+            in_page_F=to_device(torch.tensor(flat_in, dtype=torch.int64)),
+            out_page_F=to_device(torch.tensor(flat_out, dtype=torch.int64)),
             counts=counts,
         )
 
@@ -63,6 +63,37 @@ class GroupTable:
     scale_page_S: Tensor  # int64, an output-side page, of c − 1
     bias_page_S: Tensor  # int64, an output-side page, of bias' − bias
     pages: Mapping[int, SlotPages]  # the same on the host
+
+    @classmethod
+    def build(
+        cls,
+        pages: Mapping[int, SlotPages],
+        num_slots: int,
+        to_device: Callable[[Tensor], Tensor],
+    ) -> GroupTable:
+        """Of the slots in `pages`; the others change nothing."""
+        offset, gate = [1] * num_slots, [1.0] * num_slots
+        scale, bias = [NULL_PAGE] * num_slots, [NULL_PAGE] * num_slots
+        for slot, taken in pages.items():
+            offset[slot], gate[slot] = taken.layout.offset, taken.layout.add_gate
+            scale[slot], bias[slot] = taken.scale, taken.bias
+        mul = {slot: (taken.mul_in, taken.mul_out) for slot, taken in pages.items()}
+        add = {slot: (taken.add_in, taken.add_out) for slot, taken in pages.items()}
+        return cls(
+            mul=PageLists.build(mul, num_slots, to_device),
+            add=PageLists.build(add, num_slots, to_device),
+            offset_S=to_device(torch.tensor(offset)),
+            add_gate_S=to_device(torch.tensor(gate, dtype=torch.float32)),
+            scale_page_S=to_device(torch.tensor(scale)),
+            bias_page_S=to_device(torch.tensor(bias)),
+            pages=pages,
+        )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that lies on the device."""
+        yield from (self.offset_S, self.add_gate_S, self.scale_page_S, self.bias_page_S)
+        for lists in (self.mul, self.add):
+            yield from (lists.first_S, lists.count_S, lists.in_page_F, lists.out_page_F)
 
 
 class ModuleGroup:
@@ -100,32 +131,6 @@ class ModuleGroup:
     def rows_used(self) -> int:
         """Pages taken on the fuller side."""
         return max(side.num_pages - side.num_free for side in (self.ins, self.outs))
-
-    def table(self, ready: frozenset[int], num_slots: int, device: torch.device) -> GroupTable:
-        """A snapshot with the slots whose rows are written."""
-        pages = {slot: taken for slot, taken in self.slots.items() if slot in ready}
-        offset, gate = [1] * num_slots, [1.0] * num_slots
-        scale, bias = [NULL_PAGE] * num_slots, [NULL_PAGE] * num_slots
-        for slot, taken in pages.items():
-            offset[slot], gate[slot] = taken.layout.offset, taken.layout.add_gate
-            scale[slot], bias[slot] = taken.scale, taken.bias
-        return GroupTable(
-            mul=PageLists.build(
-                {slot: (taken.mul_in, taken.mul_out) for slot, taken in pages.items()},
-                num_slots,
-                device,
-            ),
-            add=PageLists.build(
-                {slot: (taken.add_in, taken.add_out) for slot, taken in pages.items()},
-                num_slots,
-                device,
-            ),
-            offset_S=torch.tensor(offset, device=device),
-            add_gate_S=torch.tensor(gate, dtype=torch.float32, device=device),
-            scale_page_S=torch.tensor(scale, device=device),
-            bias_page_S=torch.tensor(bias, device=device),
-            pages=pages,
-        )
 
     def check_integrity(self) -> bool:
         """Every page has exactly one owner or none."""

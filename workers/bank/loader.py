@@ -15,7 +15,8 @@ from typing import Protocol
 from storage.adapter_rows import AdapterRows
 from storage.errors import BaseMismatchError, FloraError
 from storage.identity import AdapterVersion
-from workers.bank.bank import AdapterBank, BankBusyError
+from workers.bank.bank import AdapterBank
+from workers.bank.books import BankBusyError
 from workers.row_form.step_plan import NotResidentError
 from workers.threads import use_threads
 

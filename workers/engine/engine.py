@@ -139,6 +139,7 @@ class Engine:
     def load(self) -> EngineLoad:
         """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""
         scheduler, bank = self._scheduler, self.bank
+        counters = bank.counters
         return EngineLoad(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -152,11 +153,12 @@ class Engine:
             bank_rows_used=bank.rows_used,
             bank_rows=bank.num_rows,
             device=bank.residents(),
-            loads=bank.counters.loads,
-            evictions=bank.counters.evictions,
+            loads=counters.loads,
+            evictions=counters.evictions,
             tokens_out=self._tokens_out,
             step_errors=self._step_errors,
             threads=self.num_threads,
+            load_wait_s=counters.wait_s,
         )
 
     # One step.

@@ -13,7 +13,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import AdapterRefusedError, CapacityError
 from storage.identity import AdapterVersion
-from workers.bank.bank import AdapterBank, BankBusyError
+from workers.bank.bank import AdapterBank
+from workers.bank.books import BankBusyError
 from workers.row_form.step_plan import NotResidentError
 
 SHAPES = {"q": (4, 6), "k": (4, 2), "v": (4, 2)}

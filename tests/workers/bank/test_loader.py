@@ -13,7 +13,8 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import BaseMismatchError, StoreUnavailableError
 from storage.identity import AdapterVersion
 from tests.workers.engine.small_engine import Fetched, version
-from workers.bank.bank import AdapterBank, BankBusyError
+from workers.bank.bank import AdapterBank
+from workers.bank.books import BankBusyError
 from workers.bank.loader import RETRY_AFTER_S, AdapterLoader
 
 BASE = "b" * 64

@@ -20,7 +20,8 @@ from storage.identity import AdapterSet, AdapterVersion
 from tests.workers.engine.small_engine import version
 from workers.attention.blocks import BlockLedger
 from workers.attention.slots import SlotLedger
-from workers.bank.bank import AdapterBank, BankBusyError
+from workers.bank.bank import AdapterBank
+from workers.bank.books import BankBusyError
 from workers.engine.kv_allocator import KvAllocator
 from workers.engine.request import EngineRequest, SamplingParams
 from workers.engine.scheduler import ScheduledSpan, Scheduler
