@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from random import Random
 
 import pytest
 import torch
@@ -20,6 +25,14 @@ from workers.row_form.step_plan import NotResidentError
 SHAPES = {"q": (4, 6), "k": (4, 2), "v": (4, 2)}
 
 
+class UnreadableError(Exception):
+    """The base weight cannot be read, in the middle of a load."""
+
+
+def unreadable(path: str) -> torch.Tensor:
+    raise UnreadableError(path)
+
+
 def small_bank(num_rows: int = 12, num_slots: int = 5) -> AdapterBank:
     return AdapterBank(
         SHAPES,
@@ -28,6 +41,7 @@ def small_bank(num_rows: int = 12, num_slots: int = 5) -> AdapterBank:
         dtype=torch.float32,
         device=torch.device("cpu"),
         biases={"q": torch.arange(6.0)},
+        base_weight=unreadable,
     )
 
 
@@ -86,6 +100,25 @@ class BankMachine(RuleBasedStateMachine):
         assert set(self.held) <= after
         assert (self.pinned & before) <= after
 
+    @rule(ranks=ranks, way=st.sampled_from(["not finite", "too long", "dies half written"]))
+    def fail_to_load(self, ranks: dict[str, tuple[int, int]], way: str) -> None:
+        before = set(self.bank.residents())
+        rows = dict(adapter(0.0, ranks).modules)
+        if way == "not finite":
+            rows["v"] = ModuleRows(add_q_EO=torch.full((1, 2), math.nan), add_p_EI=torch.ones(1, 4))
+        elif way == "too long":
+            rows["v"] = ModuleRows(scale_O=torch.ones(3))
+        else:
+            rows["v"] = ModuleRows(magnitude_O=torch.ones(2))
+        with pytest.raises((AdapterRefusedError, UnreadableError, BankBusyError)) as failed:
+            self.bank.load(version(10_000), AdapterRows(rows))
+        assert self.bank.find(version(10_000)) is None
+        after = set(self.bank.residents())
+        assert after <= before
+        assert set(self.held) | (self.pinned & before) <= after
+        if not failed.errisinstance(UnreadableError):
+            assert after == before, "what was refused must evict nobody"
+
     @rule(name=adapters)
     def acquire(self, name: AdapterVersion) -> None:
         if self.bank.find(name) is None:
@@ -118,6 +151,9 @@ class BankMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         assert self.bank.check_integrity()
         assert self.bank.rows_used <= self.bank.num_rows
+        assert self.bank.references() == Counter(self.held)
+        for table in self.bank.snapshot.table_of.values():
+            assert self.bank.resident_slots <= set(table.pages), "steps know of all that is ready"
 
     @invariant()
     def every_resident_has_its_own_rows(self) -> None:
@@ -203,23 +239,42 @@ def test_modules_that_agree_share_a_table_and_part_when_ranks_differ() -> None:
 
 
 def test_threads_that_load_and_use_the_same_bank_lose_nothing() -> None:
+    """Each thread loads, uses, evicts and pins at random, and some loads fail half written."""
     bank = small_bank(num_rows=6, num_slots=4)
     failures: list[BaseException] = []
+    used = Counter[int]()
+
+    def use(number: int) -> None:
+        slot = bank.acquire(version(number))
+        try:
+            table = bank.snapshot.table_of["q"]
+            assert table.pages[slot] == bank.pages_of(version(number))["q"]
+            first, count = int(table.mul.first_S[slot]), int(table.mul.count_S[slot])
+            pages = table.mul.in_page_F[first : first + count]
+            assert count == 2
+            assert bool((bank.modules["q"].in_rows_NI[pages] == number).all())
+            used[number] += 1
+        finally:
+            bank.release(version(number))
 
     def work(seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        random = Random(seed)
+        rows = {number: adapter(float(number), {"q": (2, 0), "k": (1, 1)}) for number in range(6)}
+        broken = AdapterRows({**rows[0].modules, "v": ModuleRows(magnitude_O=torch.ones(2))})
         try:
             for _ in range(200):
-                number = int(torch.randint(6, (1,), generator=generator))
-                try:
-                    bank.load(version(number), adapter(float(number), {"q": (2, 0), "k": (1, 1)}))
-                    bank.acquire(version(number))
-                except (BankBusyError, NotResidentError):
-                    continue
-                place = bank.pages_of(version(number))["q"]
-                rows = bank.modules["q"].in_rows_NI[list(place.mul_in)]
-                assert bool((rows == number).all())
-                bank.release(version(number))
+                number = random.randrange(6)
+                action = random.choice(["use", "use", "use", "evict", "pin", "fail"])
+                with suppress(BankBusyError, NotResidentError, UnreadableError):
+                    if action == "use":
+                        bank.load(version(number), rows[number])
+                        use(number)
+                    elif action == "evict":
+                        bank.evict(version(number))
+                    elif action == "pin":
+                        bank.pin([version(number)])
+                    else:
+                        bank.load(version(100 + seed), broken)
         except BaseException as error:
             failures.append(error)
 
@@ -229,4 +284,27 @@ def test_threads_that_load_and_use_the_same_bank_lose_nothing() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+    assert used.keys() == set(range(6))
     assert bank.check_integrity()
+    assert bank.references() == {}
+
+
+def test_what_a_step_waits_for_the_books_is_told() -> None:
+    """And is nothing where nobody holds them: so the benchmark's zero means something."""
+    bank = small_bank()
+    bank.load(version(0), adapter(1.0, {"q": (1, 0)}))
+    bank.acquire(version(0))
+    assert bank.counters.wait_s == 0.0
+    is_waiting = threading.Event()
+
+    def step() -> None:
+        is_waiting.set()
+        bank.release(version(0))
+
+    waiting = threading.Thread(target=step)
+    with bank._lock:
+        waiting.start()
+        assert is_waiting.wait(60)
+        time.sleep(0.05)
+    waiting.join()
+    assert bank.counters.wait_s > 0.0
