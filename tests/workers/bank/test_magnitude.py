@@ -12,7 +12,8 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import AdapterRefusedError
 from storage.identity import AdapterVersion
 from workers.bank import magnitude
-from workers.bank.bank import AdapterBank, BankBusyError
+from workers.bank.bank import AdapterBank
+from workers.bank.books import BankBusyError
 from workers.bank.magnitude import with_scale
 from workers.row_form.reference import reference_product
 
