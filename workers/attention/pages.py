@@ -205,7 +205,7 @@ class PagedAttention:
             np.array(tiles, dtype=np.int32).reshape(-1),
         ]
         buffer = torch.from_numpy(np.concatenate(words)).to(self._device, non_blocking=True)
-        places, blocks, singles, rest = buffer.split([len(one) for one in words])
+        places, blocks, singles, rest = torch.split(buffer, [len(one) for one in words])
         return PageStep(
             place_T=places.view(torch.int64),
             block_NB=blocks.view(count, most),

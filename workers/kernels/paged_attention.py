@@ -178,11 +178,6 @@ def write_pages(
         )  # fmt: skip
 
 
-def tile_tokens(group: int) -> int:
-    """New tokens of one tile of a longer span: with all query heads of a key/value head, up to 64 rows."""
-    return max(1, 64 // triton.next_power_of_2(group))
-
-
 def attend_pages(
     output_THD: Tensor,
     query_THD: Tensor,

@@ -39,9 +39,10 @@ def stacked_tiles(num_rows: int, in_features: int, out_features: int) -> Tiles:
 
 
 def dot_tiles(num_tiles: int, tile_tokens: int, in_features: int) -> Tiles:
-    """`outs` are an adapter's add rows, taken that many at a time."""
-    ins = 128 if in_features >= 1024 else 32
-    most = max(1, in_features // (2 * ins))
+    """`outs` are an adapter's add rows, taken that many at a time. The splits do not depend on `tile_tokens`."""
+    # Without a matrix product the compiler does not load ahead: a wide tile is what keeps enough bytes on their way.
+    ins = 32 if in_features < 1024 else 256 if tile_tokens == 1 else 128
+    most = max(1, in_features // 512)
     splits = max(1, min(most, 8, -(-4 * NUM_PROCESSORS // max(1, num_tiles))))
     return Tiles(tile_tokens, 16, ins, splits, warps=4, stages=4)
 
@@ -56,6 +57,11 @@ def weight_tiles(tile_tokens: int, in_features: int, out_features: int) -> Tiles
     """Large, because every program makes its own tile of the delta."""
     outs = 128 if out_features >= 1024 else 32
     return Tiles(tile_tokens, outs, 64 if in_features >= 512 else 32, warps=8, stages=3)
+
+
+def attention_tile_tokens(group: int) -> int:
+    """New tokens of one tile of attention: with all query heads of a key/value head, up to 64 rows."""
+    return max(1, 64 // _power_of_two(group))
 
 
 def _power_of_two(number: int) -> int:

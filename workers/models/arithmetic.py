@@ -36,6 +36,7 @@ class Arithmetic:
     decoder: DecoderLoops = field(default_factory=TorchDecoderLoops)
     slabs: SlabLoops | None = None
     cost: CostModel | None = None  # None: of the CPU, measured by type
+    has_kernels: bool = False
 
 
 def choose_arithmetic(
@@ -46,7 +47,7 @@ def choose_arithmetic(
     Args:
         compiled: false: torch's own operations only.
     """
-    if compiled and device.type == "cuda" and has_kernels(dtype):
+    if compiled and device.type == "cuda" and _is_kernel_type(dtype):
         return kernel_arithmetic()
     loops = compiled_loops() if compiled and device.type == "cpu" else None
     if loops is None or not is_compiled_type(dtype):
@@ -61,7 +62,7 @@ def choose_arithmetic(
     )
 
 
-def has_kernels(dtype: torch.dtype) -> bool:
+def _is_kernel_type(dtype: torch.dtype) -> bool:
     """Whether Triton is there, and this type is one the kernels compute in."""
     return (
         dtype in (torch.float32, torch.bfloat16, torch.float16) and find_spec("triton") is not None
@@ -80,4 +81,5 @@ def kernel_arithmetic() -> Arithmetic:
         epilogue=rows,
         decoder=KernelDecoderLoops(),
         cost=KERNEL_COST,
+        has_kernels=True,
     )

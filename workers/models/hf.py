@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from workers.attention.slabs import SlabAttention
+from workers.attention.building import build_attention
 from workers.bank.bank import AdapterBank
 from workers.config import EngineSettings
 from workers.models.arithmetic import choose_arithmetic
@@ -51,17 +51,17 @@ class HfRunner:
             look_up=self._arithmetic.look_up,
             make_linear=self._arithmetic.make_linear,
         )
-        self._attention = SlabAttention(
+        self._attention = build_attention(
+            settings,
             num_layers=config.num_hidden_layers,
-            num_slots=settings.max_sequences,
+            num_heads=config.num_attention_heads,
             num_kv_heads=num_kv_heads,
-            max_tokens_per_slot=max_tokens,
             head_dim=head_dim,
+            max_tokens=max_tokens,
             dtype=model.dtype,
             device=model.device,
-            num_blocks=settings.kv_blocks if settings.prefix_cache else 0,
-            block_tokens=settings.kv_block_tokens,
             loops=self._arithmetic.slabs,
+            has_kernels=self._arithmetic.has_kernels,
         )
         self._shape = ModelShape(
             vocab_size=config.vocab_size,

@@ -19,7 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from workers.kernels.add_rows import _dot_add_rows
+from workers.kernels.decoder_loops import _add_rms_norm, _rotate, _silu_mul
 from workers.kernels.outputs import _sum_rows
+from workers.kernels.paged_attention import _attend, _combine, _write
 from workers.kernels.stacked_rows import _stacked_rows
 from workers.kernels.step_tables import LONG_TILE_TOKENS, WEIGHT_TILE_TOKENS
 from workers.kernels.tiles import Tiles, dot_tiles, stacked_tiles, sum_tiles, weight_tiles
@@ -28,13 +30,15 @@ from workers.kernels.weight_mode import _weight_mode
 HIDDEN = 6144
 """StarCoder-15B's: the shapes of the performance table."""
 
-POINTERS = {
+TYPES = {
     **dict.fromkeys(("x", "in_rows", "out_rows", "weight", "base_bias", "query", "keys"), "*bf16"),
-    **dict.fromkeys(("values", "y", "output"), "*bf16"),
+    **dict.fromkeys(("values", "y", "output", "key", "value", "residual", "gate", "up"), "*bf16"),
+    **dict.fromkeys(("cosine", "sine"), "*bf16"),
     **dict.fromkeys(("z", "dots", "part", "part_max", "part_sum"), "*fp32"),
     **dict.fromkeys(("row_token_R", "row_page_R", "page_F", "tile_JC", "block_NB"), "*i32"),
-    **dict.fromkeys(("num_seen_T", "span_T", "tile_JS"), "*i32"),
-    "scale": "fp32",
+    "tile_JS": "*i32",
+    **dict.fromkeys(("place_T", "position_T"), "*i64"),
+    **dict.fromkeys(("scale_log2", "epsilon"), "fp32"),
 }
 # Integers that are multiples of 16 in every real model; the compiler is told so of each launch's.
 MULTIPLES = (
@@ -52,9 +56,7 @@ MULTIPLES = (
 def compile_kernel(kernel: Any, tiles: Tiles, **constants: Any) -> dict[str, int]:
     names = list(kernel.arg_names)
     at = {name: (names.index(name),) for name in names}
-    types = {
-        name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names
-    }
+    types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
     aligned = [name for name in names if types[name].startswith("*") or name in MULTIPLES]
     source = ASTSource(
         fn=kernel,
@@ -108,6 +110,21 @@ def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
         _weight_mode, tiles, weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True, NUM_K=1,
         BLOCK_T=tiles.rows, BLOCK_O=tiles.outs, BLOCK_I=tiles.ins, BLOCK_K=16, OPERAND=tl.bfloat16,
     )  # fmt: skip
+    plain = Tiles(1, 1, 1)
+    heads = {"HEAD_DIM": 128, "BLOCK_D": 128}
+    for tokens in (1, 16):
+        yield f"attention, {tokens}", lambda tokens=tokens: compile_kernel(
+            _attend, plain, NUM_K=8, NUM_G=4, BLOCK_TOKENS=16, BLOCK_M=max(16, 4 * tokens),
+            BLOCK_L=64, IS_SINGLE=tokens > 1, OPERAND=tl.bfloat16, **heads,
+        )  # fmt: skip
+    yield (
+        "combined attention",
+        lambda: compile_kernel(_combine, plain, NUM_HEADS=32, BLOCK_C=16, **heads),
+    )
+    yield "written pages", lambda: compile_kernel(_write, plain, BLOCK_F=1024)
+    yield "norm", lambda: compile_kernel(_add_rms_norm, plain, HAS_X=True, BLOCK_H=8192)
+    yield "activation", lambda: compile_kernel(_silu_mul, plain, BLOCK_F=1024)
+    yield "rotation", lambda: compile_kernel(_rotate, plain, BLOCK_D=64)
 
 
 if __name__ == "__main__":
