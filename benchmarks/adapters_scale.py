@@ -46,9 +46,11 @@ CLAIM = (
 )
 SEED = 0
 BAR = 0.90
+WAIT_BAR_MS = 0.5  # 0 ms, to the nearest; a lock that is taken at once is not waited for
 FAMILIES: tuple[Family, ...] = ("flora", "lora")
 _WRITERS = {"flora": write_flora, "lora": write_lora}
 _LOADED_WITHIN_S = 300.0
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,24 +167,29 @@ def _measure_family(
         stack.callback(many.close)
         _bring(few, list(resident))
         _bring(many, _that_fit(published, settings.bank_rows))
-        ratios, near, loads = [], [], []
+        ratios, near, loads, waits = [], [], [], []
         for number in range(-1, rounds):  # the first one warms up
             drawn = people.zipf.draw(batch.requests, SEED + number + 1)
             ranks = [published.ranks[index] for index in drawn]
             registered = [published.versions[index] for index in drawn]
             sides = [(few, _of_ranks(ranks, resident_ranks, list(resident))), (many, registered)]
-            before = many.engine.load().loads
+            before = many.engine.load()
             speed = {}
             for side, versions in sides if number % 2 else reversed(sides):
                 answered = side.run(
-                    batch.prompts(SEED + number + 1), versions, batch.answer_tokens, concurrency
+                    batch.prompts(SEED + number + 1),
+                    versions,
+                    _WARM_UP_TOKENS if number < 0 else batch.answer_tokens,
+                    concurrency,
                 )
                 speed[side] = answered.tokens_per_s
             if number < 0:
                 continue
             ratios.append(speed[many] / speed[few])
             near.append(many.tiers["device"] / batch.requests)
-            loads.append(float(many.engine.load().loads - before))
+            after = many.engine.load()
+            loads.append(float(after.loads - before.loads))
+            waits.append(1000 * (after.load_wait_s - before.load_wait_s))
             print(
                 f"round {number}  {family:<5}  registered {speed[many]:7.1f} tokens/s, resident "
                 f"{speed[few]:7.1f}; {loads[-1]:.0f} loads, {dict(many.tiers)}",
@@ -194,6 +201,12 @@ def _measure_family(
             f"{people.zipf.adapters:,} registered {name} adapters / {people.resident} resident",
             tuple(ratios),
             BAR,
+        ),
+        Row(
+            f"{name}: ms that the step thread waits for loads in a round",
+            tuple(waits),
+            WAIT_BAR_MS,
+            "lower",
         ),
         Row(f"{name}: requests whose adapter was on the device", tuple(near)),
         Row(f"{name}: adapters loaded in a round", tuple(loads)),
@@ -252,6 +265,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True, help="keeps published adapters")
     parser.add_argument("--prepare", action="store_true", help="publish the adapters, and end")
     parser.add_argument("--requests", type=int, default=64, help="of a round")
+    parser.add_argument("--answer-tokens", type=int, default=Batch().answer_tokens)
     parser.add_argument("--adapters", type=int, default=1000)
     arguments = parse(parser)
     base, directory = arguments.base, arguments.directory.expanduser()
@@ -261,7 +275,7 @@ def main() -> None:
         for family in FAMILIES:
             prepare(read_base_facts(base, base.name), directory, family, people)
         return
-    batch = Batch(requests=arguments.requests)
+    batch = Batch(requests=arguments.requests, answer_tokens=arguments.answer_tokens)
     rows = measure(
         base,
         directory,

@@ -126,6 +126,7 @@ def test_registered_adapters_really_come_from_the_registry(
     of_name = {row.name: row for row in rows}
     assert of_name["12 registered FLoRA adapters / 4 resident"].bar == 0.90
     assert of_name["12 registered LoRA adapters / 4 resident"].bar == 0.90
+    assert of_name["LoRA: ms that the step thread waits for loads in a round"].bar == 0.5
     assert sum(of_name["FLoRA: adapters loaded in a round"].rounds) > 0
     assert of_name["LoRA: requests whose adapter was on the device"].value < 1
 
