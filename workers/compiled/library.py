@@ -30,8 +30,8 @@ _FLAGS = [
 _X86_FLAGS = ["-mprefer-vector-width=512"]
 _ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _SIGNATURES = {
-    "stack_rows": "piipipppip",
-    "combine_rows": "iiipippipppppipppppppppi",
+    "stack_rows": "ppip",
+    "combine_rows": "ppipippi",
     "add_rms_norm": "pppdiip",
     "silu_mul": "ppiiip",
     "rotate": "piiipppi",

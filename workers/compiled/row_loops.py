@@ -8,6 +8,8 @@ the base product, D tokens in weight mode.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,33 @@ from workers.row_form.base_linear import BaseLinear
 from workers.row_form.module_index import ModuleIndex
 
 
+class _LayerStep(ctypes.Structure):
+    """`LayerStep` of rows.cpp, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "inputs", "outputs", "base_tokens")),
+        *((name, ctypes.c_void_p) for name in ("base_token", "base_row")),
+        ("mul_rows", ctypes.c_int64),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("mul_first", "mul_token", "mul_in_page", "mul_out_page"),
+                *("delta_row", "scale_page", "bias_page"),
+                *("add_first", "add_in_page", "add_out_page", "add_gate"),
+                *("bias", "in_rows", "out_rows"),
+            )
+        ),
+    )
+
+
 class RowLoops:
     """Works on contiguous rows of float32 or bfloat16 on CPU, which is what banks and models hold."""
 
     def __init__(self, loops: CompiledLoops, dtype: torch.dtype) -> None:
         self._stack = loops.function("stack_rows", dtype)
         self._combine = loops.function("combine_rows", dtype)
+        # By the address of a layer's rows. An index lives as long as its entry, so addresses in it stay good.
+        self._steps: dict[int, tuple[ModuleIndex, _LayerStep, int]] = {}
 
     def product(
         self,
@@ -34,81 +57,63 @@ class RowLoops:
         index: ModuleIndex,
     ) -> Tensor:
         """The layer's output_TO, bias included, in the type of `x_TI`."""
-        z = base.matmul(self._stacked(x_TI, in_rows_NI, index))
+        step, address = self._step(base, in_rows_NI, out_rows_NO, index)
+        x, x_stride = x_TI.data_ptr(), x_TI.stride(0)
+        rows = x_TI
+        if step.mul_rows or index.base_token_B is not None:
+            rows = x_TI.new_empty(step.base_tokens + step.mul_rows, step.inputs)
+            self._stack(address, x, x_stride, rows.data_ptr())
+        z = base.matmul(rows)
         deltas = [
             weight_mode_rows(x_TI, base, in_rows_NI, out_rows_NO, batch)
             for batch in index.mul_batches
         ]
-        delta_DO = (deltas[0] if len(deltas) == 1 else torch.cat(deltas)) if deltas else None
-        y_TO = x_TI.new_empty(x_TI.shape[0], base.out_features)
-        self._combine_into(x_TI, z, base.bias_O, in_rows_NI, out_rows_NO, index, y_TO, delta_DO)
+        delta_DO = torch.cat(deltas) if deltas else None
+        delta = None if delta_DO is None else delta_DO.data_ptr()
+        y_TO = x_TI.new_empty(step.tokens, step.outputs)
+        self._combine(
+            *(address, x, x_stride, z.data_ptr(), z.stride(0), delta),
+            *(y_TO.data_ptr(), step.outputs),
+        )
         return y_TO
 
     def finish(
         self, x_TI: Tensor, z_TO: Tensor, base: BaseLinear, rows: ModuleBank, index: ModuleIndex
     ) -> None:
         """Add to a base product, in place, what adapters without mul rows bring, and the bias."""
-        self._combine_into(
-            *(x_TI, z_TO, base.bias_O, rows.in_rows_NI, rows.out_rows_NO, index, z_TO, None)
-        )
+        if index.has_mul_rows:
+            raise ValueError("mul rows are products of their own; nothing can be added for them")
+        _, address = self._step(base, rows.in_rows_NI, rows.out_rows_NO, index)
+        place, stride = z_TO.data_ptr(), z_TO.stride(0)
+        # Every output is read before it is written.
+        self._combine(address, x_TI.data_ptr(), x_TI.stride(0), place, stride, None, place, stride)
 
-    def _combine_into(
-        self,
-        x_TI: Tensor,
-        z: Tensor,
-        bias_O: Tensor | None,
-        in_rows_NI: Tensor,
-        out_rows_NO: Tensor,
-        index: ModuleIndex,
-        y_TO: Tensor,
-        delta_DO: Tensor | None,
-    ) -> None:
-        """Write what the rows of a product come to, rounded once.
-
-        Args:
-            z: first the base product of the tokens that need it, then the products of all mul rows. May be `y_TO`
-                itself when there are no mul rows: every output is read before it is written.
-        """
+    def _step(
+        self, base: BaseLinear, in_rows_NI: Tensor, out_rows_NO: Tensor, index: ModuleIndex
+    ) -> tuple[_LayerStep, int]:
+        """The layer's part of the step, written once for as long as the same sequences decode."""
+        key = in_rows_NI.data_ptr()
+        known = self._steps.get(key)
+        if known is not None and known[0] is index:
+            return known[1], known[2]
         if index.add_batches:
             raise ValueError("compiled loops take add rows token by token; see `cost_model_for`")
         mul, add = index.mul, index.add
-        num_base = x_TI.shape[0] if index.base_token_B is None else index.base_token_B.shape[0]
-        self._combine(
-            *(x_TI.shape[0], x_TI.shape[1], y_TO.shape[1]),
-            *(z.data_ptr(), z.stride(0), _address(index.base_row_T)),
-            *((mul.first_T1.data_ptr(), num_base, mul.out_page_R.data_ptr()) if mul else _NO_MUL),
-            *(_address(delta_DO), _address(index.delta_row_T), _address(index.scale_page_T)),
-            *(x_TI.data_ptr(), x_TI.stride(0)),
-            *(
-                (
-                    *(add.first_T1.data_ptr(), add.in_page_R.data_ptr()),
-                    *(add.out_page_R.data_ptr(), add.gate_R.data_ptr()),
-                )
-                if add
-                else _NO_ADD
-            ),
-            *(_address(bias_O), _address(index.bias_page_T)),
-            *(in_rows_NI.data_ptr(), out_rows_NO.data_ptr(), y_TO.data_ptr(), y_TO.stride(0)),
+        num_base = index.num_tokens if index.base_token_B is None else index.base_token_B.shape[0]
+        step = _LayerStep(
+            *(index.num_tokens, in_rows_NI.shape[1], out_rows_NO.shape[1], num_base),
+            *(_address(index.base_token_B), _address(index.base_row_T)),
+            *((mul.token_R.shape[0], _address(mul.first_T1)) if mul else (0, None)),
+            *((_address(mul.token_R), _address(mul.in_page_R)) if mul else (None, None)),
+            _address(mul.out_page_R) if mul else None,
+            *(_address(index.delta_row_T), _address(index.scale_page_T)),
+            _address(index.bias_page_T),
+            *((_address(add.first_T1), _address(add.in_page_R)) if add else (None, None)),
+            *((_address(add.out_page_R), _address(add.gate_R)) if add else (None, None)),
+            *(_address(base.bias_O), key, out_rows_NO.data_ptr()),
         )
-
-    def _stacked(self, x_TI: Tensor, in_rows_NI: Tensor, index: ModuleIndex) -> Tensor:
-        """The rows that meet W0: the tokens themselves, then b_j ∘ x for every mul row."""
-        mul, some = index.mul, index.base_token_B
-        if mul is None and some is None:
-            return x_TI
-        num_base = x_TI.shape[0] if some is None else some.shape[0]
-        num_mul = 0 if mul is None else mul.token_R.shape[0]
-        rows = x_TI.new_empty(num_base + num_mul, x_TI.shape[1])
-        self._stack(
-            *(x_TI.data_ptr(), x_TI.stride(0), x_TI.shape[1], _address(some), num_base),
-            *(in_rows_NI.data_ptr(), None if mul is None else mul.token_R.data_ptr()),
-            *(None if mul is None else mul.in_page_R.data_ptr(), num_mul, rows.data_ptr()),
-        )
-        return rows
-
-
-_NO_MUL = (None, 0, None)
-_NO_ADD = (None, None, None, None)
+        self._steps[key] = (index, step, ctypes.addressof(step))
+        return step, ctypes.addressof(step)
 
 
 def _address(tensor: Tensor | None) -> int | None:

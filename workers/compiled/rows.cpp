@@ -11,21 +11,39 @@
 
 namespace {
 
+// What one layer's loops need of one step that does not change while the same sequences decode. Null pointers where
+// the step has nothing of the kind. Python writes the same fields (`row_loops.py`).
 template <class T>
-void stack_rows(const T* x, int64_t x_stride, int64_t inputs, const int64_t* base_token,
-                int64_t base_tokens, const T* in_rows, const int64_t* row_token,
-                const int64_t* row_page, int64_t rows, T* out) {
-#pragma omp parallel for schedule(static) if (base_tokens + rows > 8)
-    for (int64_t i = 0; i < base_tokens + rows; ++i) {
-        T* to = out + i * inputs;
-        if (i < base_tokens) {
-            std::memcpy(to, x + (base_token ? base_token[i] : i) * x_stride, inputs * sizeof(T));
+struct LayerStep {
+    int64_t tokens, inputs, outputs;
+    int64_t base_tokens;         // rows of the product that are tokens themselves, the first ones
+    const int64_t* base_token;   // which; null: all, in order
+    const int64_t* base_row;     // a token's row among them, or -1; null: its own number
+    int64_t mul_rows;
+    const int64_t *mul_first, *mul_token, *mul_in_page, *mul_out_page;
+    const int64_t* delta_row;    // a token's row in weight mode's results, or -1
+    const int64_t *scale_page, *bias_page;
+    const int64_t *add_first, *add_in_page, *add_out_page;
+    const float* add_gate;
+    const T *bias, *in_rows, *out_rows;
+};
+
+template <class T>
+void stack_rows(const LayerStep<T>& step, const T* x, int64_t x_stride, T* out) {
+    int64_t rows = step.base_tokens + step.mul_rows;
+#pragma omp parallel for schedule(static) if (rows > 8)
+    for (int64_t i = 0; i < rows; ++i) {
+        T* to = out + i * step.inputs;
+        if (i < step.base_tokens) {
+            int64_t token = step.base_token ? step.base_token[i] : i;
+            std::memcpy(to, x + token * x_stride, step.inputs * sizeof(T));
             continue;
         }
-        const T* from = x + row_token[i - base_tokens] * x_stride;
-        const T* b = in_rows + row_page[i - base_tokens] * inputs;
+        int64_t j = i - step.base_tokens;
+        const T* from = x + step.mul_token[j] * x_stride;
+        const T* b = step.in_rows + step.mul_in_page[j] * step.inputs;
 #pragma omp simd
-        for (int64_t k = 0; k < inputs; ++k) store(to[k], load(from[k]) * load(b[k]));
+        for (int64_t k = 0; k < step.inputs; ++k) store(to[k], load(from[k]) * load(b[k]));
     }
 }
 
@@ -67,40 +85,40 @@ struct TokenParts {
 };
 
 template <class T>
-void combine_rows(int64_t tokens, int64_t inputs, int64_t outputs, const T* z, int64_t z_stride,
-                  const int64_t* base_row, const int64_t* mul_first, int64_t mul_row0,
-                  const int64_t* mul_page, const T* delta, const int64_t* delta_row,
-                  const int64_t* scale_page, const T* x, int64_t x_stride, const int64_t* add_first,
-                  const int64_t* add_in_page, const int64_t* add_out_page, const float* add_gate,
-                  const T* bias, const int64_t* bias_page, const T* in_rows, const T* out_rows, T* y,
-                  int64_t y_stride) {
-#pragma omp parallel for schedule(static) if (tokens > 4)
-    for (int64_t t = 0; t < tokens; ++t) {
-        int64_t base = base_row ? base_row[t] : t;
-        int64_t add_begin = add_first ? add_first[t] : 0;
+void combine_rows(const LayerStep<T>& step, const T* x, int64_t x_stride, const T* z,
+                  int64_t z_stride, const T* delta, T* y, int64_t y_stride) {
+    int64_t outputs = step.outputs;
+#pragma omp parallel for schedule(static) if (step.tokens > 4)
+    for (int64_t t = 0; t < step.tokens; ++t) {
+        int64_t base = step.base_row ? step.base_row[t] : t;
         TokenParts<T> parts = {};
         parts.base = base >= 0 ? z + base * z_stride : nullptr;
         parts.z_stride = z_stride;
         parts.outputs = outputs;
-        parts.out_rows = out_rows;
-        if (mul_first) {
-            parts.num_mul = mul_first[t + 1] - mul_first[t];
-            parts.z = z + (mul_row0 + mul_first[t]) * z_stride;
-            parts.mul_page = mul_page + mul_first[t];
+        parts.out_rows = step.out_rows;
+        parts.bias = step.bias;
+        if (step.mul_first) {
+            int64_t first = step.mul_first[t];
+            parts.num_mul = step.mul_first[t + 1] - first;
+            parts.z = z + (step.base_tokens + first) * z_stride;
+            parts.mul_page = step.mul_out_page + first;
         }
-        if (delta_row && delta_row[t] >= 0) parts.delta = delta + delta_row[t] * outputs;
-        if (scale_page && scale_page[t]) parts.scale = out_rows + scale_page[t] * outputs;
-        parts.bias = bias;
-        if (bias_page && bias_page[t]) parts.bias_change = out_rows + bias_page[t] * outputs;
+        if (step.delta_row && step.delta_row[t] >= 0) parts.delta = delta + step.delta_row[t] * outputs;
+        if (step.scale_page && step.scale_page[t])
+            parts.scale = step.out_rows + step.scale_page[t] * outputs;
+        if (step.bias_page && step.bias_page[t])
+            parts.bias_change = step.out_rows + step.bias_page[t] * outputs;
         thread_local std::vector<float> weights;
-        if (add_first) {
-            parts.num_add = add_first[t + 1] - add_begin;
+        if (step.add_first) {
+            int64_t first = step.add_first[t];
+            parts.num_add = step.add_first[t + 1] - first;
             weights.resize(parts.num_add);
             for (int64_t e = 0; e < parts.num_add; ++e)
-                weights[e] = add_gate[add_begin + e] *
-                             dot(x + t * x_stride, in_rows + add_in_page[add_begin + e] * inputs, inputs);
+                weights[e] = step.add_gate[first + e] *
+                             dot(x + t * x_stride,
+                                 step.in_rows + step.add_in_page[first + e] * step.inputs, step.inputs);
             parts.add_weight = weights.data();
-            parts.add_page = add_out_page + add_begin;
+            parts.add_page = step.add_out_page + first;
         }
         T* to = y + t * y_stride;
         int64_t whole = outputs / LANES * LANES;
@@ -112,24 +130,14 @@ void combine_rows(int64_t tokens, int64_t inputs, int64_t outputs, const T* z, i
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                          \
-    extern "C" void stack_rows_##suffix(                                                           \
-        const T* x, int64_t x_stride, int64_t inputs, const int64_t* base_token,                   \
-        int64_t base_tokens, const T* in_rows, const int64_t* row_token, const int64_t* row_page,  \
-        int64_t rows, T* out) {                                                                    \
-        stack_rows(x, x_stride, inputs, base_token, base_tokens, in_rows, row_token, row_page,     \
-                   rows, out);                                                                     \
+    extern "C" void stack_rows_##suffix(const LayerStep<T>* step, const T* x, int64_t x_stride,    \
+                                        T* out) {                                                  \
+        stack_rows(*step, x, x_stride, out);                                                       \
     }                                                                                              \
-    extern "C" void combine_rows_##suffix(                                                         \
-        int64_t tokens, int64_t inputs, int64_t outputs, const T* z, int64_t z_stride,             \
-        const int64_t* base_row, const int64_t* mul_first, int64_t mul_row0,                       \
-        const int64_t* mul_page, const T* delta, const int64_t* delta_row,                         \
-        const int64_t* scale_page, const T* x, int64_t x_stride, const int64_t* add_first,         \
-        const int64_t* add_in_page, const int64_t* add_out_page, const float* add_gate,            \
-        const T* bias, const int64_t* bias_page, const T* in_rows, const T* out_rows, T* y,        \
-        int64_t y_stride) {                                                                        \
-        combine_rows(tokens, inputs, outputs, z, z_stride, base_row, mul_first, mul_row0,          \
-                     mul_page, delta, delta_row, scale_page, x, x_stride, add_first, add_in_page,  \
-                     add_out_page, add_gate, bias, bias_page, in_rows, out_rows, y, y_stride);     \
+    extern "C" void combine_rows_##suffix(const LayerStep<T>* step, const T* x, int64_t x_stride,  \
+                                          const T* z, int64_t z_stride, const T* delta, T* y,      \
+                                          int64_t y_stride) {                                      \
+        combine_rows(*step, x, x_stride, z, z_stride, delta, y, y_stride);                         \
     }
 
 EXPORT(float, f32)

@@ -46,6 +46,7 @@ class RunBatch:
 class ModuleIndex:
     """Everything the modules of one group need to run this step. None: nothing of the kind in this step."""
 
+    num_tokens: int
     base_token_B: Tensor | None  # None: every token
     base_row_T: Tensor | None  # the same the other way round: a token's place in B, or -1
     mul: RowIndex | None
@@ -106,6 +107,7 @@ def index_module_group(plan: StepPlan, table: GroupTable, cost: CostModel) -> Mo
         gate=lambda slot: 1.0,
     )
     return ModuleIndex(
+        num_tokens=plan.num_tokens,
         base_token_B=base_token_B,
         base_row_T=None if base_token_B is None else _places(base_token_B, plan),
         mul=_rows(plan, table.mul, as_weights, None),
