@@ -65,7 +65,7 @@ class AttentionProbe:
             raise _refusal(module, "attention that is not causal self-attention")
         window = arguments.get("sliding_window")
         if window is not None and window < self._max_tokens:
-            raise _refusal(module, f"a sliding window of {window} tokens")
+            raise _refusal(module, _window(f"a sliding window of {window} tokens", window))
 
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
@@ -152,7 +152,9 @@ def _refuse_by_config(model: PreTrainedModel, config: Any, max_tokens: int) -> N
         ("sliding_attention", getattr(config, "sliding_window", None)),
         ("chunked_attention", getattr(config, "attention_chunk_size", None)),
     ):
-        if kind in kinds and width is not None and width >= max_tokens:
+        if kind in kinds and width is not None:
+            if width < max_tokens:
+                raise _refusal(model, _window(f"layers of type {kind}, {width} tokens wide", width))
             kinds.remove(kind)
     if kinds:
         raise _refusal(model, f"layers of type {', '.join(sorted(kinds))}")
@@ -200,6 +202,10 @@ def _attention(
         scaling if scaling is not None else query.shape[-1] ** -0.5,
     )
     return output_THD[None], None
+
+
+def _window(what: str, width: int) -> str:
+    return f"{what} (set max_sequence_tokens to at most {width}, and it cuts nothing off)"
 
 
 def _refusal(module: nn.Module, what: str) -> InvalidRequestError:
