@@ -54,12 +54,18 @@ class EngineSettings(BaseModel):
         ge=1,
         description="Rank-weighted tokens, 1 + rank each, after which a step takes no more of prompts.",
     )
+    memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes on the device beside the weights: bank, keys and values, scratch. Sizes that are 0 are "
+        "made to fit it, half of what is free to each; 0: as the sizes say.",
+    )
     kv_block_tokens: int = Field(default=16, ge=1, le=1024, description="Tokens of one KV block.")
     kv_tokens: int = Field(
         default=0,
         ge=0,
         description="Tokens whose keys and values are kept, for all sequences and the prefix cache together; "
-        "0: max_sequences times max_sequence_tokens.",
+        "0: what memory_bytes leaves, or max_sequences times max_sequence_tokens.",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -67,8 +73,8 @@ class EngineSettings(BaseModel):
     )
     bank_rows: int = Field(
         default=256,
-        ge=1,
-        description="Rank rows the device holds in every module, for all adapters.",
+        ge=0,
+        description="Rank rows the device holds in every module, for all adapters; 0: what memory_bytes leaves.",
     )
     bank_slots: int = Field(default=256, ge=1, description="Adapters the device holds at most.")
     load_concurrency: int = Field(default=2, ge=1, le=64)

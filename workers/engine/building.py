@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,8 @@ from workers.engine.process_client import ProcessEngineClient
 from workers.engine.thread_client import ThreadEngineClient
 from workers.models.building import build_runner
 from workers.models.loading import LoadedBase, load_base
+
+_log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -31,6 +34,8 @@ def build_engine(
     if base is None:
         base = load_base(settings.base, torch_dtype(settings), torch_device(settings))
     runner = build_runner(base, settings)
+    settings = runner.settings
+    _log.info("%s needs %s", settings.base_id, runner.memory)
     bank = AdapterBank(
         runner.shape.projections,
         num_rows=settings.bank_rows,

@@ -20,6 +20,7 @@ from workers.config import EngineSettings
 from workers.models.arithmetic import choose_arithmetic
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
+from workers.models.memory_fit import fit_memory
 from workers.models.runner import ModelShape, StepInput
 from workers.models.wrapping import wrap_linears
 from workers.row_form.cost import cost_model_for
@@ -27,6 +28,8 @@ from workers.row_form.cost import cost_model_for
 
 class HfRunner:
     """Takes the base over: its model is changed in place and must not be used otherwise from now on.
+
+    `settings` are those given, with every size named; `memory` is what they take.
 
     Raises:
         InvalidRequestError: the model needs something the engine does not have; says what.
@@ -51,8 +54,18 @@ class HfRunner:
             look_up=self._arithmetic.look_up,
             make_linear=self._arithmetic.make_linear,
         )
+        self._shape = ModelShape(
+            vocab_size=config.vocab_size,
+            max_positions=max_tokens,
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            projections=self._layers.projections,
+            eos_token_ids=_eos_token_ids(model, config),
+        )
+        self.settings, self.memory = fit_memory(settings, self._shape, model.dtype, model.device)
         self._attention = build_attention(
-            settings,
+            self.settings,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_kv_heads=num_kv_heads,
@@ -62,15 +75,6 @@ class HfRunner:
             device=model.device,
             loops=self._arithmetic.slabs,
             has_kernels=self._arithmetic.has_kernels,
-        )
-        self._shape = ModelShape(
-            vocab_size=config.vocab_size,
-            max_positions=max_tokens,
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            projections=self._layers.projections,
-            eos_token_ids=_eos_token_ids(model, config),
         )
 
     @property

@@ -10,7 +10,7 @@ Shape legend: A runs of L tokens and K rows each, I input features, O output fea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ def weight_product(
         for some in [slice(start, start + at_once)]
     ]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+
+def scratch_bound(
+    projections: Mapping[str, tuple[int, int]], num_runs: int, dtype: torch.dtype
+) -> int:
+    """Bytes that a forward's weight mode holds at most: the M of one batched product, and one base weight unpacked."""
+    largest = max((i * o for i, o in projections.values()), default=0) * dtype.itemsize
+    return max(largest, min(SCRATCH_BYTES, num_runs * largest)) + largest
 
 
 def _pattern(a_AKO: Tensor, b_AKI: Tensor, shift_A: Tensor) -> Tensor:
