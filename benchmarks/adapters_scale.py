@@ -14,12 +14,11 @@ registry's files may be in the system's page cache; the replica's own cache dire
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,12 @@ import torch
 
 from benchmarks.command import add_runner, engine_settings, parse, parser_of
 from benchmarks.own_engine import OwnEngine
+from benchmarks.population import Population, Published, publish_all, storage_in
 from benchmarks.results_file import Row, own_side, print_rows, write_result
 from benchmarks.workload import Batch, Family, Zipf, random_adapter, spread_ranks
 from storage.adapter_cache import AdapterCache
 from storage.base_checkpoint import BaseFacts, read_base_facts
-from storage.config import StorageSettings
-from storage.formats.writing import write_flora, write_lora
-from storage.identity import AdapterName, AdapterVersion, sha256_hex
-from storage.publishing import publish_adapter
+from storage.identity import AdapterVersion, sha256_hex
 from storage.registry import Registry
 from storage.stores import open_store
 from workers.config import EngineSettings
@@ -48,63 +45,7 @@ SEED = 0
 BAR = 0.90
 WAIT_BAR_MS = 0.5  # 0 ms, to the nearest; a lock that is taken at once is not waited for
 FAMILIES: tuple[Family, ...] = ("flora", "lora")
-_WRITERS = {"flora": write_flora, "lora": write_lora}
 _LOADED_WITHIN_S = 300.0
-_WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Population:
-    """Who is registered, who is resident, and what the engine of the registered ones may hold."""
-
-    zipf: Zipf = Zipf(1000)  # noqa: RUF009 (frozen)
-    resident: int = 32
-    highest_rank: int = 16
-    bank_rows: int = 1024
-    bank_slots: int = 256
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "zipf": self.zipf.as_dict(),
-            "ranks": f"1 to {self.highest_rank}, uniform",
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The registered adapters of one family, the most popular first."""
-
-    versions: tuple[AdapterVersion, ...]
-    ranks: tuple[int, ...]
-
-
-def prepare(base: BaseFacts, directory: Path, family: Family, people: Population) -> Published:
-    """Publish a family's adapters in the registry of `directory`, unless an earlier run did."""
-    number = people.zipf.adapters
-    ranks = spread_ranks(number, 1, people.highest_rank, SEED)
-    record = directory / f"{family}-{number}-{people.highest_rank}-{base.digest[:12]}.json"
-    if record.is_file():
-        return Published(tuple(map(AdapterVersion, json.loads(record.read_text()))), tuple(ranks))
-    registry = Registry(open_store(_storage(directory, directory)))
-    generator = torch.Generator().manual_seed(SEED)
-    versions = []
-    for index, rank in enumerate(ranks):
-        rows = random_adapter(
-            family,
-            rank,
-            base.projections,
-            generator,
-            base_digest=base.digest,
-            dtype=torch.bfloat16,
-        )
-        files = _WRITERS[family](rows, base.name)
-        name = AdapterName("default", f"{family}-{index}")
-        versions.append(publish_adapter(registry, name, files, base).version)
-        if index % 100 == 99:
-            print(f"published {index + 1} of {number} {family} adapters", flush=True)
-    record.write_text(json.dumps(versions))
-    return Published(tuple(versions), tuple(ranks))
 
 
 def measure(
@@ -137,7 +78,7 @@ def measure(
     )
     rows: list[Row] = []
     for family in FAMILIES:
-        published = prepare(facts, directory, family, people)
+        published = publish_all(facts, directory, family, people, seed=SEED)
         rows += _measure_family(
             facts, directory, family, published, rounds, batch, concurrency, people, sized
         )
@@ -161,7 +102,7 @@ def _measure_family(
         few = OwnEngine.with_adapters(settings, resident)
         stack.callback(few.close)
         cache_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        storage = _storage(directory, cache_dir)
+        storage = storage_in(directory, cache_dir)
         cache = AdapterCache(Registry(open_store(storage)), storage)
         many = OwnEngine(build_engine(settings, cache.get))
         stack.callback(many.close)
@@ -179,7 +120,7 @@ def _measure_family(
                 answered = side.run(
                     batch.prompts(SEED + number + 1),
                     versions,
-                    _WARM_UP_TOKENS if number < 0 else batch.answer_tokens,
+                    batch.warm_up_tokens if number < 0 else batch.answer_tokens,
                     concurrency,
                 )
                 speed[side] = answered.tokens_per_s
@@ -211,10 +152,6 @@ def _measure_family(
         Row(f"{name}: requests whose adapter was on the device", tuple(near)),
         Row(f"{name}: adapters loaded in a round", tuple(loads)),
     ]
-
-
-def _storage(directory: Path, cache_dir: Path) -> StorageSettings:
-    return StorageSettings(registry=str(directory / "registry"), cache_dir=cache_dir)
 
 
 def _resident(base: BaseFacts, family: Family, ranks: Sequence[int]) -> dict[AdapterVersion, Any]:
@@ -273,7 +210,7 @@ def main() -> None:
     people = replace(Population(), zipf=Zipf(arguments.adapters))
     if arguments.prepare:
         for family in FAMILIES:
-            prepare(read_base_facts(base, base.name), directory, family, people)
+            publish_all(read_base_facts(base, base.name), directory, family, people, seed=SEED)
         return
     batch = Batch(requests=arguments.requests, answer_tokens=arguments.answer_tokens)
     rows = measure(

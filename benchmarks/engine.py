@@ -58,7 +58,6 @@ ADAPTED: dict[str, tuple[Family, int, float]] = {
     LORA: ("lora", 8, 0.75),
 }
 VLLM_BAR, VLLM_LORA_BAR = 1.0, 3.0
-_WARM_UP_TOKENS = 4
 _MOST_IDLE_CORES = 0.1
 
 T = TypeVar("T")
@@ -184,7 +183,7 @@ def _take_turns(
     names = list(turns)
     results: dict[str, list[Answered]] = {name: [] for name in names}
     for name in names:
-        turns[name](batch.prompts(seed=-1), _WARM_UP_TOKENS)
+        turns[name](batch.prompts(seed=-1), batch.warm_up_tokens)
     us = psutil.Process()
     for number in range(rounds):
         prompts = batch.prompts(seed=SEED + number)

@@ -42,7 +42,6 @@ CLAIM = "A request over HTTP and Ray Serve is nearly as fast as one to the engin
 SEED = 0
 IN_PROCESS, WHOLE, STREAMED = "in process", "whole responses", "streamed"
 BARS = {WHOLE: 0.85, STREAMED: 0.70}
-_WARM_UP_TOKENS = 4
 _ANSWER_WITHIN_S = 600.0
 
 Run = Callable[[Sequence[Sequence[int]], int], Answered]
@@ -149,7 +148,7 @@ def compare(url: str, settings: Settings, rounds: int, batch: Batch) -> list[Row
             for turn, name in enumerate(names[first:] + names[:first]):
                 # Two sides share a replica: other prompts, or the second would find the first's in its cache.
                 prompts = batch.prompts(SEED + (number + 1) * len(names) + turn)
-                tokens = _WARM_UP_TOKENS if number < 0 else batch.answer_tokens
+                tokens = batch.warm_up_tokens if number < 0 else batch.answer_tokens
                 answered = sides[name](prompts, tokens)
                 if number >= 0:
                     speed[name].append(answered.tokens_per_s)

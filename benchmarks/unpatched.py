@@ -32,7 +32,6 @@ from workers.row_form.joint_linear import JointLinear
 CLAIM = "Requests of the base model are as fast as in a model without adapted layers."
 SEED = 0
 BAR = 0.98
-_WARM_UP_TOKENS = 4
 _LEAST_AGREEMENT = 0.9
 
 
@@ -126,8 +125,8 @@ def measure(
         unpatch(unpatched.engine)
         versions = list(adapters)
         used = [versions[number % num_adapters] for number in range(batch.requests)]
-        patched.run(batch.prompts(seed=-1), used, _WARM_UP_TOKENS)  # brings them to the bank
-        unpatched.run(batch.prompts(seed=-1), [None] * batch.requests, _WARM_UP_TOKENS)
+        patched.run(batch.prompts(seed=-1), used, batch.warm_up_tokens)  # brings them to the bank
+        unpatched.run(batch.prompts(seed=-1), [None] * batch.requests, batch.warm_up_tokens)
         ratios = []
         for number in range(rounds):
             ratios.append(_ratio(patched, unpatched, batch, SEED + number))

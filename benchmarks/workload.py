@@ -30,8 +30,9 @@ class Batch:
     vocabulary: int = 40_000
 
     @property
-    def total_answer_tokens(self) -> int:
-        return self.requests * self.answer_tokens
+    def warm_up_tokens(self) -> int:
+        """Answer tokens of a batch that is not measured."""
+        return min(4, self.answer_tokens)
 
     def prompts(self, seed: int) -> list[list[int]]:
         """Other prompts for another seed, so that no cache of prefixes helps anybody."""

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import adapters_scale, engine, training, unpatched
 from benchmarks.own_engine import Answered, OwnEngine
+from benchmarks.population import Population, publish_all
 from benchmarks.results_file import Side, VoidRunError
 from benchmarks.vllm_process import VllmProcess
 from benchmarks.workload import Batch, Zipf
@@ -116,9 +117,7 @@ def test_enabled_adapters_are_compared_with_unpatched_layers(tiny_llama_dir: Pat
 def test_registered_adapters_really_come_from_the_registry(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    people = adapters_scale.Population(
-        Zipf(12), resident=4, highest_rank=3, bank_rows=12, bank_slots=6
-    )
+    people = Population(Zipf(12), resident=4, highest_rank=3, bank_rows=12, bank_slots=6)
     batch = Batch(requests=10, prompt_tokens=6, answer_tokens=3, vocabulary=200)
     rows = adapters_scale.measure(
         tiny_llama_dir, tmp_path, 2, batch=batch, concurrency=3, people=people, settings=TINY
@@ -138,12 +137,12 @@ def test_both_sides_of_a_round_get_the_same_ranks() -> None:
 
 
 def test_prepared_adapters_are_published_once(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    people = adapters_scale.Population(Zipf(3), highest_rank=2)
+    people = Population(Zipf(3), highest_rank=2)
     base = read_base_facts(tiny_llama_dir, "tiny")
-    first = adapters_scale.prepare(base, tmp_path, "flora", people)
+    first = publish_all(base, tmp_path, "flora", people, seed=0)
     assert len(set(first.versions)) == 3
     blobs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
-    assert adapters_scale.prepare(base, tmp_path, "flora", people) == first
+    assert publish_all(base, tmp_path, "flora", people, seed=0) == first
     assert blobs == {
         path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()
     }
