@@ -18,10 +18,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -79,89 +78,111 @@ def measure(
     rows: list[Row] = []
     for family in FAMILIES:
         published = publish_all(facts, directory, family, people, seed=SEED)
-        rows += _measure_family(
-            facts, directory, family, published, rounds, batch, concurrency, people, sized
-        )
+        resident_ranks = spread_ranks(people.resident, 1, people.highest_rank, SEED)
+        with ExitStack() as stack:
+            few = _Resident(facts, family, resident_ranks, sized)
+            stack.callback(few.engine.close)
+            cache_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            storage = storage_in(directory, cache_dir)
+            cache = AdapterCache(Registry(open_store(storage)), storage)
+            many = OwnEngine(build_engine(sized, cache.get))
+            stack.callback(many.close)
+            _bring(few.engine, few.versions)
+            _bring(many, _that_fit(published, people.bank_rows))
+            taken = [
+                _round(number, few, many, published, people, batch, concurrency)
+                for number in range(-1, rounds)  # the first one warms up
+            ]
+        rows += _rows({"flora": "FLoRA", "lora": "LoRA"}[family], people, taken[1:])
     return rows
 
 
-def _measure_family(
-    base: BaseFacts,
-    directory: Path,
-    family: Family,
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """One turn of both sides; the last three are of the registered adapters' side."""
+
+    ratio: float
+    on_device: float
+    loads: int
+    wait_ms: float
+
+
+class _Resident:
+    """The engine whose few adapters stay, and which of them have which rank."""
+
+    def __init__(
+        self, base: BaseFacts, family: Family, ranks: Sequence[int], settings: EngineSettings
+    ) -> None:
+        generator = torch.Generator().manual_seed(SEED + 1)
+        adapters = {
+            AdapterVersion(sha256_hex(f"resident {family} {index}".encode())): random_adapter(
+                family, rank, base.projections, generator, dtype=torch.bfloat16
+            )
+            for index, rank in enumerate(ranks)
+        }
+        self.engine = OwnEngine.with_adapters(settings, adapters)
+        self.versions = list(adapters)
+        self._ranks = tuple(ranks)
+
+    def of_ranks(self, ranks: Sequence[int]) -> list[AdapterVersion]:
+        return _of_ranks(ranks, self._ranks, self.versions)
+
+
+def _round(
+    number: int,
+    few: _Resident,
+    many: OwnEngine,
     published: Published,
-    rounds: int,
+    people: Population,
     batch: Batch,
     concurrency: int,
-    people: Population,
-    settings: EngineSettings,
-) -> list[Row]:
-    resident_ranks = spread_ranks(people.resident, 1, people.highest_rank, SEED)
-    resident = _resident(base, family, resident_ranks)
-    with ExitStack() as stack:
-        few = OwnEngine.with_adapters(settings, resident)
-        stack.callback(few.close)
-        cache_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        storage = storage_in(directory, cache_dir)
-        cache = AdapterCache(Registry(open_store(storage)), storage)
-        many = OwnEngine(build_engine(settings, cache.get))
-        stack.callback(many.close)
-        _bring(few, list(resident))
-        _bring(many, _that_fit(published, settings.bank_rows))
-        ratios, near, loads, waits = [], [], [], []
-        for number in range(-1, rounds):  # the first one warms up
-            drawn = people.zipf.draw(batch.requests, SEED + number + 1)
-            ranks = [published.ranks[index] for index in drawn]
-            registered = [published.versions[index] for index in drawn]
-            sides = [(few, _of_ranks(ranks, resident_ranks, list(resident))), (many, registered)]
-            before = many.engine.load()
-            speed = {}
-            for side, versions in sides if number % 2 else reversed(sides):
-                answered = side.run(
-                    batch.prompts(SEED + number + 1),
-                    versions,
-                    batch.warm_up_tokens if number < 0 else batch.answer_tokens,
-                    concurrency,
-                )
-                speed[side] = answered.tokens_per_s
-            if number < 0:
-                continue
-            ratios.append(speed[many] / speed[few])
-            near.append(many.tiers["device"] / batch.requests)
-            after = many.engine.load()
-            loads.append(float(after.loads - before.loads))
-            waits.append(1000 * (after.load_wait_s - before.load_wait_s))
-            print(
-                f"round {number}  {family:<5}  registered {speed[many]:7.1f} tokens/s, resident "
-                f"{speed[few]:7.1f}; {loads[-1]:.0f} loads, {dict(many.tiers)}",
-                flush=True,
-            )
-    name = {"flora": "FLoRA", "lora": "LoRA"}[family]
+) -> _Round:
+    drawn = people.zipf.draw(batch.requests, SEED + number + 1)
+    prompts = batch.prompts(SEED + number + 1)
+    answer_tokens = batch.warm_up_tokens if number < 0 else batch.answer_tokens
+    sides = [
+        (few.engine, few.of_ranks([published.ranks[index] for index in drawn])),
+        (many, [published.versions[index] for index in drawn]),
+    ]
+    before = many.engine.load()
+    speed = {
+        side: side.run(prompts, versions, answer_tokens, concurrency).tokens_per_s
+        for side, versions in (sides if number % 2 else reversed(sides))
+    }
+    after = many.engine.load()
+    taken = _Round(
+        ratio=speed[many] / speed[few.engine],
+        on_device=many.tiers["device"] / batch.requests,
+        loads=after.loads - before.loads,
+        wait_ms=1000 * (after.load_wait_s - before.load_wait_s),
+    )
+    print(
+        f"round {number}  registered {speed[many]:7.1f} tokens/s, resident {speed[few.engine]:7.1f}; "
+        f"{taken.loads} loads, {dict(many.tiers)}",
+        flush=True,
+    )
+    return taken
+
+
+def _rows(name: str, people: Population, taken: Sequence[_Round]) -> list[Row]:
     return [
         Row(
             f"{people.zipf.adapters:,} registered {name} adapters / {people.resident} resident",
-            tuple(ratios),
+            tuple(one.ratio for one in taken),
             BAR,
         ),
         Row(
             f"{name}: ms that the step thread waits for loads in a round",
-            tuple(waits),
+            tuple(one.wait_ms for one in taken),
             WAIT_BAR_MS,
             "lower",
         ),
-        Row(f"{name}: requests whose adapter was on the device", tuple(near)),
-        Row(f"{name}: adapters loaded in a round", tuple(loads)),
+        Row(
+            f"{name}: requests whose adapter was on the device",
+            tuple(one.on_device for one in taken),
+        ),
+        Row(f"{name}: adapters loaded in a round", tuple(float(one.loads) for one in taken)),
     ]
-
-
-def _resident(base: BaseFacts, family: Family, ranks: Sequence[int]) -> dict[AdapterVersion, Any]:
-    generator = torch.Generator().manual_seed(SEED + 1)
-    return {
-        AdapterVersion(sha256_hex(f"resident {family} {index}".encode())): random_adapter(
-            family, rank, base.projections, generator, dtype=torch.bfloat16
-        )
-        for index, rank in enumerate(ranks)
-    }
 
 
 def _of_ranks(
