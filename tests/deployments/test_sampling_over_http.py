@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types.chat.chat_completion_token_logprob import ChatCompletionTokenLogprob
 from pydantic import BaseModel
 from transformers import AutoModelForCausalLM
@@ -395,3 +397,62 @@ def test_no_tokens_without_echo_is_a_400(server: LocalServer) -> None:
     response = complete(server, max_tokens=0)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "max_tokens"
+
+
+# Anything at all.
+
+numbers = st.one_of(
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(-3, 3),
+    st.integers(-3, 30),
+    st.sampled_from([-(2**70), 2**70, 1e-300, 1e300]),
+)
+junk = st.one_of(st.none(), st.booleans(), st.text(max_size=3), st.just([]), st.just({}), numbers)
+token_keys = st.integers(-1, 400).map(str)
+any_fields = st.fixed_dictionaries(
+    {},
+    optional={
+        "n": st.one_of(st.integers(0, 3), junk),
+        "max_tokens": st.one_of(st.integers(0, 3), junk),
+        "min_tokens": st.one_of(st.integers(0, 3), junk),
+        "temperature": st.one_of(st.floats(0, 2), numbers, junk),
+        "top_p": st.one_of(st.floats(0, 1), numbers, junk),
+        "top_k": st.one_of(st.integers(-1, 400), junk),
+        "min_p": st.one_of(st.floats(0, 1), numbers, junk),
+        "presence_penalty": numbers,
+        "frequency_penalty": numbers,
+        "repetition_penalty": st.one_of(st.floats(0.01, 100), numbers),
+        "logit_bias": st.one_of(st.dictionaries(token_keys, numbers, max_size=3), junk),
+        "logprobs": st.one_of(st.integers(0, 21), junk),
+        "top_logprobs": st.one_of(st.integers(0, 21), junk),
+        "echo": st.one_of(st.booleans(), junk),
+        "seed": st.one_of(st.integers(0, 5), numbers),
+        "stop": st.one_of(st.text(max_size=3), st.lists(st.text(max_size=3), max_size=3), junk),
+        "stop_token_ids": st.one_of(st.lists(st.integers(-1, 320), max_size=4), junk),
+        "ignore_eos": st.one_of(st.booleans(), junk),
+        "stream": st.booleans(),
+        "best_of": st.integers(0, 2),
+    },
+)
+
+
+@settings(max_examples=50)
+@given(fields=any_fields, is_chat=st.booleans())
+def test_whatever_is_asked_is_answered_or_refused_by_name(
+    server: LocalServer, fields: dict[str, Any], is_chat: bool
+) -> None:
+    path = "/v1/chat/completions" if is_chat else "/v1/completions"
+    prompt = {"messages": MESSAGES} if is_chat else {"prompt": ["the", "a few"]}
+    body = {"model": BASE_ID, "max_tokens": 2, **prompt, **fields}
+    errors = server.gateway.client.load().step_errors
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["param"].split(".")[0] in {*fields, "min_tokens"}
+    elif fields.get("stream"):
+        assert response.text.endswith("data: [DONE]\n\n")
+        assert '"error"' not in response.text
+    else:
+        choices = response.json()["choices"]
+        assert len(choices) == (1 if is_chat else 2) * (fields.get("n") or 1)
+    assert server.gateway.client.load().step_errors == errors

@@ -133,6 +133,13 @@ def test_the_stock_client_lists_completes_chats_and_streams(served: Served) -> N
         )
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
         assert "".join(pieces) == served.expected(template, version, 8)
+    scored = client.completions.create(
+        model="rank-3", prompt="the", n=2, logprobs=1, echo=True, **greedy
+    )
+    for choice in scored.choices:
+        assert choice.text == "the" + served.expected("the", served.versions["rank-3"], 8)
+        assert choice.logprobs is not None and choice.logprobs.tokens is not None
+        assert len(choice.logprobs.tokens) == 8 + len(served.codec.encode("the"))
     with pytest.raises(openai.NotFoundError, match="nobody"):
         client.completions.create(model="nobody", prompt="the")
 
