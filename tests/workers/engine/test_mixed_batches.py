@@ -1,4 +1,4 @@
-"""A request's answer does not depend on who else is in the batch: base, FLoRA of all ranks, LoRA, in every mix."""
+"""A request's answer does not depend on who else is in the batch: base and adapters of every family, in every mix."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ Shapes = dict[str, tuple[int, int]]
 
 
 def mixed_adapters(shapes: Shapes) -> dict[AdapterVersion, AdapterRows]:
-    """FLoRA of ranks 1 to 8 with offset 1 and 0, ranks and families that differ per module, and LoRA."""
+    """FLoRA of ranks 1 to 8 with offset 1 and 0, every other family, ranks and families that differ per module."""
     made = [random_adapter(shapes, "flora", rank, seed=rank) for rank in (1, 2, 4, 8)]
     made += [random_adapter(shapes, "flora0", rank, seed=10 + rank) for rank in (1, 3)]
     made.append(random_adapter(shapes, "flora", lambda i: 1 + i % 5, seed=20))
     made.append(random_adapter(shapes, lambda i: ("flora", "lora", "untouched")[i % 3], 3, seed=21))
     made += [random_adapter(shapes, "lora", rank, seed=30 + rank) for rank in (1, 8)]
+    made.append(random_adapter(shapes, "dora", lambda i: 1 + i % 4, seed=40))
+    made.append(random_adapter(shapes, lambda i: ("ia3_out", "ia3_in")[i % 2], 1, seed=41, size=1))
+    made.append(random_adapter(shapes, lambda i: ("lora+bias", "own_bias")[i % 2], 2, seed=42))
     return {version(i): rows for i, rows in enumerate(made)}
 
 
