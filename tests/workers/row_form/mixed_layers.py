@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ WEIGHT_MODE = CostModel(build_rows=-1e9, build_rows_per_rank=0, thin_product_tok
 MERGED_MODE = CostModel(build_rows=-1e9, build_rows_per_rank=0, thin_product_tokens=0, merged=True)
 MIXED_MODES = CostModel(build_rows=4, build_rows_per_rank=0, thin_product_tokens=3)
 MODES = (ROW_MODE, WEIGHT_MODE, MERGED_MODE, MIXED_MODES)
+SHAPES = {"first": (24, 40), "second": (40, 24)}
+# Every family beside the others and base tokens, runs short and long, ranks that differ from layer to layer.
+MIX = [
+    {"first": ("flora", 1), "second": ("flora", 64)},
+    {"first": ("lora", 8), "second": ("untouched", 1)},
+    {"first": ("flora", 4), "second": ("lora", 2)},
+    {"first": ("dora", 3), "second": ("flora+lora", 5)},
+    {"first": ("ia3_in", 1), "second": ("ia3_out", 1)},
+    {"first": ("ia3_out", 1), "second": ("ia3_in", 1)},
+    {"first": ("lora+bias", 2), "second": ("dora", 64)},
+    {"first": ("own_bias", 1), "second": ("lora+bias", 16)},
+    {"first": ("flora", 64), "second": ("own_bias", 1)},
+]
+SEGMENTS: list[tuple[int, int | None]] = [
+    (1, 0), (5, None), (7, 1), (1, 2), (1, 3), (1, None), (70, 2), (9, 3), (7, 0),
+    (1, 4), (8, 4), (1, 5), (6, 5), (1, 6), (5, 6), (1, 7), (3, 7), (1, 8), (20, 8),
+]  # fmt: skip
 FAMILIES = (
     "flora",
     "flora0",
@@ -127,8 +144,11 @@ def mixed_layers(
     dtype: torch.dtype,
     size: float = 0.1,
     num_rows: int = 512,
+    rounded: bool = False,
 ) -> MixedLayers:
-    """Args: shapes: layer → (in, out); adapters: layer → (family, rank) each; segments: (tokens, adapter or None)."""
+    """Args: shapes: layer → (in, out); adapters: layer → (family, rank) each; segments: (tokens, adapter or None);
+    rounded: make rows of values that `dtype` has.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -156,7 +176,7 @@ def mixed_layers(
         for path, (family, rank) in families.items():
             rows = random_rows(family, rank, *shapes[path], size, generator)
             if rows is not None:
-                modules[path] = rows
+                modules[path] = _rounded(rows, dtype) if rounded else rows
         version = AdapterVersion(f"{i:064x}")
         made[version] = AdapterRows(modules)
         bank.load(version, made[version])
@@ -165,3 +185,13 @@ def mixed_layers(
     x = {path: normal(num_tokens, num_in).to(dtype) for path, (num_in, _) in shapes.items()}
     named = [(count, None if i is None else versions[i]) for count, i in segments]
     return MixedLayers(layers, bank, made, named, x)
+
+
+def _rounded(rows: ModuleRows, dtype: torch.dtype) -> ModuleRows:
+    """Rows as the bank will hold them; a scale and a bias as they are, of which it holds a difference."""
+    sides = {
+        name: tensor.to(dtype)
+        for name, tensor in rows.tensors().items()
+        if name.startswith(("mul", "add"))
+    }
+    return replace(rows, **sides)  # type: ignore[arg-type]
