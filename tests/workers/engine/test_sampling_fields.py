@@ -170,10 +170,8 @@ def test_a_prompt_whose_scores_are_not_finite_is_an_error(tiny_llama_dir: Path) 
     assert len(prompt_scores(answers["good"])) == 29
 
 
-def test_drawn_answers_with_every_field_are_the_same_alone_and_in_any_batch(
-    tiny_llama_dir: Path,
-) -> None:
-    engine = small_engine(tiny_llama_dir)
+def every_field(max_tokens: int) -> list[EngineRequest]:
+    """Two drawn choices for each of several mixtures of fields."""
     fields: list[dict[str, object]] = [
         {"min_p": 0.05},
         {"presence_penalty": 1.5, "frequency_penalty": -0.5},
@@ -183,21 +181,65 @@ def test_drawn_answers_with_every_field_are_the_same_alone_and_in_any_batch(
         {"prompt_logprobs": 2, "logprobs": 0},
         {},
     ]
-    requests = [
+    return [
         EngineRequest(
             f"r{i}-{choice}",
-            prompt(i, 6),
-            SamplingParams(max_tokens=10, seed=3, ignore_eos=True, **one).of_choice(choice),  # type: ignore[arg-type]
+            prompt(i, 6 + i),
+            SamplingParams(max_tokens=max_tokens, seed=3, ignore_eos=True, **one).of_choice(choice),  # type: ignore[arg-type]
         )
         for i, one in enumerate(fields)
         for choice in range(2)
     ]
+
+
+def told(answer: Answer) -> tuple[list[int], list[float], list[float]]:
+    """All that an answer says: its tokens, their log-probabilities, and its prompt's."""
+    scores = answer.outputs[0].prompt_logprobs or ()
+    new = [one for output in answer.outputs for one in output.new_logprobs]
+    return (
+        answer.tokens,
+        [round(one.logprob, 9) for one in new],
+        [round(one.logprob, 9) for one in scores],
+    )
+
+
+def test_drawn_answers_with_every_field_are_the_same_alone_and_in_any_batch(
+    tiny_llama_dir: Path,
+) -> None:
+    engine = small_engine(tiny_llama_dir)
+    requests = every_field(max_tokens=10)
     alone = {name: one for request in requests for name, one in run(engine, [request]).items()}
     together = run(engine, reversed(requests))
-    assert {name: one.tokens for name, one in together.items()} == {
-        name: one.tokens for name, one in alone.items()
+    assert {name: told(one) for name, one in together.items()} == {
+        name: told(one) for name, one in alone.items()
     }
     assert alone["r6-0"].tokens != alone["r6-1"].tokens
+
+
+def test_a_preempted_request_goes_on_as_if_nothing_had_happened(tiny_llama_dir: Path) -> None:
+    requests = every_field(max_tokens=24)
+    roomy = run(small_engine(tiny_llama_dir), requests)
+    engine = small_engine(tiny_llama_dir, kv_tokens=128, kv_block_tokens=4, max_step_tokens=16)
+    tight = run(engine, requests)
+    assert engine.load().preemptions > 0
+    assert {name: told(one) for name, one in tight.items()} == {
+        name: told(one) for name, one in roomy.items()
+    }
+    assert len(told(tight["r5-0"])[2]) == len(requests[10].prompt_token_ids) - 1
+    assert engine.check_integrity()
+
+
+def test_a_prompt_that_lies_in_the_prefix_cache_is_scored_all_the_same(
+    tiny_llama_dir: Path,
+) -> None:
+    engine = small_engine(tiny_llama_dir, kv_block_tokens=4)
+    plain = greedy("plain", prompt(0, 30))
+    scoring = greedy("scoring", prompt(0, 30), prompt_logprobs=1, logprobs=0)
+    first = run(engine, [scoring])["scoring"]
+    assert run(engine, [plain])["plain"].outputs[0].num_cached_tokens
+    again = run(engine, [scoring])["scoring"]
+    assert told(again) == told(first)
+    assert len(prompt_scores(again)) == 29
 
 
 @pytest.mark.parametrize(
