@@ -132,9 +132,9 @@ def measure(
         stack.callback(engine.close)
         for name, used in of_side.items():
             turns[name] = _own_turn(engine, _spread(used, batch))
-        results = _take_turns(turns, batch, rounds, peers)
+        results, cores = _take_turns(turns, batch, rounds, peers)
         _check_adapters_are_used(results)
-    return Measured(tuple(_rows(results)), tuple(sides), versions)
+    return Measured((*_rows(results), *cores), tuple(sides), versions)
 
 
 def _adapters(
@@ -179,9 +179,11 @@ def _peer_turn(peer: VllmProcess, names: list[str | None]) -> Run:
 
 def _take_turns(
     turns: dict[str, Run], batch: Batch, rounds: int, peers: Sequence[VllmProcess]
-) -> dict[str, list[Answered]]:
+) -> tuple[dict[str, list[Answered]], list[Row]]:
+    """The answers of every side, by round, and the cores each used in its turns."""
     names = list(turns)
     results: dict[str, list[Answered]] = {name: [] for name in names}
+    cores: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
         turns[name](batch.prompts(seed=-1), batch.warm_up_tokens)
     us = psutil.Process()
@@ -195,6 +197,7 @@ def _take_turns(
             ours, theirs = _cpu_seconds(us) - ours, _sum_cpu(peers) - theirs
             busy, idle = (theirs, ours) if name.startswith("vLLM") else (ours, theirs)
             results[name].append(result)
+            cores[name].append(busy / wall)
             print(
                 f"round {number}  {name:<18} {result.tokens_per_s:7.1f} tokens/s   "
                 f"{busy / wall:.2f} cores, the others {idle / wall:.2f}",
@@ -202,7 +205,7 @@ def _take_turns(
             )
             if idle > _MOST_IDLE_CORES * wall:
                 raise VoidRunError(f"in the turn of {name} the others used {idle / wall:.2f} cores")
-    return results
+    return results, [Row(f"{name}, cores used", tuple(used)) for name, used in cores.items()]
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

@@ -41,6 +41,7 @@ def test_the_engine_is_measured_on_every_side_of_the_table(tiny_llama_dir: Path)
         assert rows[f"{side} / our own base"].bar == bar
         assert len(rows[f"{side} / our own base"].rounds) == 2
     assert rows["base, tokens per second"].value > 0
+    assert len(rows["base, cores used"].rounds) == 2
     assert [side.name for side in measured.sides] == ["our engine"]
 
 
