@@ -18,7 +18,7 @@ from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
 from workers.models.wrapping import wrap_linears
 from workers.row_form.adapted_linear import AdapterLayers
-from workers.row_form.cost import cost_model_for
+from workers.row_form.cost import training_cost
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class FrozenBase:
         """
         model = base.model
         adopt_attention(model, max_tokens)
-        layers = wrap_linears(model, cost_model_for(model.dtype, training=True))
+        layers = wrap_linears(model, training_cost(model.dtype))
         frozen = cls(
             layers=layers,
             head=model.get_output_embeddings(),

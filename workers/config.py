@@ -35,6 +35,11 @@ class EngineSettings(BaseModel):
         description="Where the engine runs: in a thread of its replica, or in a process of its own; "
         "auto: a process on a GPU, else a thread.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Compute every run of tokens in one mode, whatever is measured faster: in float32 an answer is "
+        "then the same in any batch, up to tokens whose logits differ by rounding.",
+    )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(
         default=0,

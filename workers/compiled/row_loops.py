@@ -97,7 +97,9 @@ class RowLoops:
         if known is not None and known[0] is index:
             return known[1], known[2]
         if index.add_batches:
-            raise ValueError("compiled loops take add rows token by token; see `cost_model_for`")
+            raise ValueError(
+                "compiled loops take add rows token by token; see `CostModel.thin_product_tokens`"
+            )
         mul, add = index.mul, index.add
         num_base = index.num_tokens if index.base_token_B is None else index.base_token_B.shape[0]
         step = _LayerStep(

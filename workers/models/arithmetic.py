@@ -35,7 +35,7 @@ class Arithmetic:
     epilogue: Epilogue | None = None
     decoder: DecoderLoops = field(default_factory=TorchDecoderLoops)
     slabs: SlabLoops | None = None
-    cost: CostModel | None = None  # None: of the CPU, measured by type
+    cost: CostModel | None = None  # None: to be measured
     has_kernels: bool = False
 
 

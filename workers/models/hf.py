@@ -23,7 +23,8 @@ from workers.models.loading import LoadedBase
 from workers.models.memory_fit import fit_memory
 from workers.models.runner import ModelShape, StepInput
 from workers.models.wrapping import wrap_linears
-from workers.row_form.cost import cost_model_for
+from workers.row_form.cost import ROW_MODE, CostModel
+from workers.row_form.cost_measurement import measure_cost
 
 
 class HfRunner:
@@ -48,12 +49,13 @@ class HfRunner:
         )
         self._layers = wrap_linears(
             model,
-            self._arithmetic.cost
-            or cost_model_for(model.dtype, thin_products=self._arithmetic.epilogue is None),
+            ROW_MODE,
             product=self._arithmetic.product,
             look_up=self._arithmetic.look_up,
             make_linear=self._arithmetic.make_linear,
         )
+        if not settings.deterministic:
+            self._layers.use_cost(self._arithmetic.cost or self._measured_cost())
         self._shape = ModelShape(
             vocab_size=config.vocab_size,
             max_positions=max_tokens,
@@ -76,6 +78,11 @@ class HfRunner:
             loops=self._arithmetic.slabs,
             has_kernels=self._arithmetic.has_kernels,
         )
+
+    def _measured_cost(self) -> CostModel:
+        bases = [layer.base for layer in self._layers.layers.values()]
+        largest = max(bases, key=lambda base: base.in_features * base.out_features)
+        return measure_cost(largest, thin_products=self._arithmetic.epilogue is None)
 
     @property
     def shape(self) -> ModelShape:

@@ -153,6 +153,10 @@ class AdapterLayers:
         """A projection's base weight_OI; may be a view: do not write to it."""
         return self.layers[path].base.dequantised_slice(slice(None), slice(None))
 
+    def use_cost(self, cost: CostModel) -> None:
+        """Choose between row mode and weight mode by this from the next step on."""
+        self._context.cost = cost
+
     def bind(self, bank: AdapterBank) -> None:
         """Use this bank from the next step on."""
         self._bank = bank

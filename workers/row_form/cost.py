@@ -5,12 +5,13 @@ Costs are counted in base-GEMM rows: one unit is the time one more row takes in 
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
 import torch
 
-_THIN_PRODUCT_TOKENS = 16
+THIN_PRODUCT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +20,23 @@ class CostModel:
 
     Row mode runs `tokens · rank` rows beside the base product. Weight mode runs `tokens` rows against
     ΔW = W0 ∘ Σ a_j b_jᵀ (none beside the base product when `merged`), after building ΔW.
+
+    `product_row`: a row of that second product, which is not packed, beside a row of the base's.
     """
 
     build_rows: float
     build_rows_per_rank: float
+    product_row: float = 1.0
     merged: bool = False
     """Weight mode uses W0 ∘ (offset + Σ a_j b_jᵀ) at once. Exact enough in float32 only; never for 16 bits."""
-    thin_product_tokens: int = _THIN_PRODUCT_TOKENS
+    thin_product_tokens: int = THIN_PRODUCT_TOKENS
     """From this many tokens on, add rows are two thin products rather than gathered rows."""
 
     def prefers_weight_mode(self, num_tokens: int, num_mul: int, offset: int) -> bool:
         if num_mul == 0:
             return False
         row_mode = num_tokens * (num_mul + offset)
-        products = 1 if self.merged else 2
+        products = self.product_row + (0.0 if self.merged else 1.0)
         build = self.build_rows + self.build_rows_per_rank * num_mul
         return num_tokens * products + build < row_mode
 
@@ -40,22 +44,19 @@ class CostModel:
         return num_add > 0 and num_tokens >= self.thin_product_tokens
 
 
+ROW_MODE = CostModel(build_rows=math.inf, build_rows_per_rank=0.0, thin_product_tokens=sys.maxsize)
+"""One mode whatever the run's length, which depends on how a busy engine cuts a prompt."""
+
 KERNEL_COST = CostModel(build_rows=96.0, build_rows_per_rank=1.0)
 """Of the GPU kernels, counted and not measured: in weight mode a tile of W0 enters two products instead of `rank + 1`,
 a small product makes its delta on the way, and half a tile of tokens may not be there."""
 
 
-def cost_model_for(
-    dtype: torch.dtype, *, training: bool = False, thin_products: bool = True
-) -> CostModel:
+def training_cost(dtype: torch.dtype) -> CostModel:
     """Measured once on an x86 CPU with AMX: building ΔW takes as long as about 50 float32 or 250 bfloat16 rows.
 
-    Args:
-        dtype: of the base weights.
-        training: merge in float32, where a step then needs three products instead of five.
-        thin_products: false where the product takes add rows token by token only, as compiled loops do.
+    In float32 weights are merged: a training step then needs three products instead of five.
     """
-    from_tokens = _THIN_PRODUCT_TOKENS if thin_products else sys.maxsize
     if dtype == torch.bfloat16:
-        return CostModel(250.0, 2.0, thin_product_tokens=from_tokens)
-    return CostModel(50.0, 0.5, merged=training, thin_product_tokens=from_tokens)
+        return CostModel(build_rows=250.0, build_rows_per_rank=2.0)
+    return CostModel(build_rows=50.0, build_rows_per_rank=0.5, merged=True)

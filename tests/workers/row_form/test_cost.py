@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from workers.row_form.base_linear import serving_linear
+from workers.row_form.cost import ROW_MODE
+from workers.row_form.cost_measurement import measure_cost
+
+
+def test_the_deterministic_mode_does_not_depend_on_a_runs_length() -> None:
+    chosen = {
+        ROW_MODE.prefers_weight_mode(tokens, rank, 1) or ROW_MODE.prefers_thin_product(tokens, rank)
+        for tokens in (1, 16, 512, 100_000)
+        for rank in (1, 8, 64)
+    }
+    assert chosen == {False}
+
+
+def test_what_is_measured_tells_single_tokens_from_long_runs_of_high_rank() -> None:
+    base = serving_linear(torch.randn(192, 128))
+    cost = measure_cost(base, thin_products=True)
+    assert not cost.prefers_weight_mode(num_tokens=1, num_mul=1, offset=1)
+    assert cost.prefers_weight_mode(num_tokens=100_000, num_mul=64, offset=1)
+    assert cost.build_rows >= 0
+    assert cost.product_row > 0
+
+
+def test_a_product_that_takes_add_rows_one_by_one_is_never_offered_thin_ones() -> None:
+    cost = measure_cost(serving_linear(torch.randn(64, 32)), thin_products=False)
+    assert not cost.prefers_thin_product(num_tokens=100_000, num_add=64)
