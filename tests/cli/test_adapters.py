@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from storage.adapter_directory import write_directory
 from storage.adapter_rows import AdapterRows, ModuleRows
@@ -152,3 +154,33 @@ def test_what_is_asked_for_wrongly_is_told_in_one_line(
 def test_a_registry_out_of_reach_is_a_failure_and_not_a_wrong_question(flora: Flora) -> None:
     flags = ["--registry", "s3://flora/x", "--s3-endpoint", "http://127.0.0.1:9"]
     assert "Error:" in flora("adapters", "ls", *flags, code=1).stderr
+
+
+@pytest.mark.parametrize("family", ["dora", "ia3", "rslora", "lora"])
+def test_what_peft_saved_is_pushed_and_listed_by_its_family(
+    flora: Flora, tiny_llama_dir: Path, tmp_path: Path, family: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    configs = {
+        "dora": LoraConfig(r=3, use_dora=True, target_modules="all-linear"),
+        "ia3": IA3Config(target_modules=["k_proj", "up_proj"], feedforward_modules=["up_proj"]),
+        "rslora": LoraConfig(r=3, use_rslora=True, target_modules=["q_proj"]),
+        "lora": LoraConfig(r=3, lora_bias=True, target_modules=["q_proj"]),
+    }
+    get_peft_model(model, configs[family]).save_pretrained(tmp_path / "peft")
+    version = push(flora, tmp_path / "peft", tiny_llama_dir)
+    (listed,) = as_json(flora("adapters", "ls", "--json"))
+    newest = listed["versions"][0]
+    assert (newest["version"], newest["family"]) == (version, family)
+    assert newest["rank"] == (1 if family == "ia3" else 3)
+
+
+def test_what_cannot_be_served_is_refused_with_its_setting(
+    flora: Flora, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    config = LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "peft")
+    arguments = ("adapters", "push", "captain", str(tmp_path / "peft"), "--base")
+    refused = flora(*arguments, str(tiny_llama_dir), code=2)
+    assert "modules_to_save" in refused.stderr and "Traceback" not in refused.stderr
