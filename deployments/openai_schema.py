@@ -5,6 +5,7 @@ A field this server does not have is accepted only with the value that asks for 
 
 from __future__ import annotations
 
+import re
 import secrets
 from abc import abstractmethod
 from typing import Any, Literal
@@ -24,6 +25,7 @@ _MAX_PROMPTS = 128
 _MAX_ANSWERS = 16
 MAX_CHOICES = 128
 """Of one response: its prompts times `n`."""
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 class StreamOptions(BaseModel):
@@ -120,10 +122,10 @@ class GenerationRequest(BaseModel):
 
     def _biases(self) -> tuple[tuple[int, float], ...]:
         biases = self.logit_bias or {}
-        wrong = next((key for key in biases if not (key.isascii() and key.isdigit())), None)
+        wrong = next((key for key in biases if not _TOKEN_ID.fullmatch(key)), None)
         if wrong is not None:
             raise InvalidRequestError(
-                f"logit_bias has the key {wrong!r}; its keys are token ids", param="logit_bias"
+                f"logit_bias has the key {wrong[:20]!r}; its keys are token ids", param="logit_bias"
             )
         return tuple((int(key), bias) for key, bias in biases.items())
 
@@ -154,7 +156,7 @@ class CompletionRequest(GenerationRequest):
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry for each answer. Raises InvalidRequestError when there is none, or an empty one."""
+        """One entry for each prompt. Raises InvalidRequestError when there is none, or an empty one."""
         prompt = self.prompt
         prompts: Any = prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):

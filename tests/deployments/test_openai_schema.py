@@ -151,7 +151,7 @@ def test_sampling_has_every_field_that_was_sent() -> None:
     assert chat(logprobs=False, top_logprobs=0).sampling(5).logprobs is None
 
 
-@pytest.mark.parametrize("key", ["the", "-1", "1.0", " 1", "\u0663", ""])
+@pytest.mark.parametrize("key", ["the", "-1", "1.0", " 1", "\u0663", "", "1\n", "9" * 5000])
 def test_a_bias_is_of_a_token_id(key: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         completion(logit_bias={key: 1}).sampling(5)
