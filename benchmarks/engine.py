@@ -26,7 +26,6 @@ import psutil
 import torch
 
 from benchmarks.command import add_runner, engine_settings, parse, parser_of
-from benchmarks.levers import CPU_LEVERS
 from benchmarks.own_engine import Answered, OwnEngine, first_token_agreement
 from benchmarks.results_file import (
     Row,
@@ -285,7 +284,6 @@ def main() -> None:
         workload={**batch.as_dict(), "runner": arguments.runner},
         sides=measured.sides,
         versions=measured.versions,
-        levers=CPU_LEVERS,
     )
     print("wrote", path.name)
 
