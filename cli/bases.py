@@ -79,7 +79,8 @@ def pull_base(source: str = BUILT_IN, report: Report = lambda _: None) -> Path:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _fetch_from_hub(source, report)
     raise InvalidRequestError(
-        f"{source!r} is not a base: give {BUILT_IN}, a directory, or a hub id like owner/name",
+        f"{source!r} is not a base: give {BUILT_IN}, a directory, or a hub id like owner/name "
+        "(a .gguf file or an s3:// prefix needs no pull: name it where a base is asked for)",
         param="base",
     )
 

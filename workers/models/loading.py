@@ -36,6 +36,10 @@ from storage.errors import InvalidRequestError, StoreUnavailableError
 from storage.gguf_file import find_gguf
 from workers.config import EngineSettings
 
+# What transformers raises for files it cannot use: missing, wrong, of an unknown kind, or in need of another package.
+_NOT_LOADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+# A model's files are data: code among them is never run, and nobody is asked whether it should be.
+_SAFELY = {"local_files_only": True, "trust_remote_code": False}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
@@ -57,14 +61,15 @@ def load_base(path_or_id: str, dtype: torch.dtype, device: torch.device) -> Load
     """Load a causal language model.
 
     Raises:
-        InvalidRequestError: as `find_base`, or it holds no causal model, or the checkpoint lacks a tensor of it.
+        InvalidRequestError: as `find_base`, or it holds no causal model, or a quantised one, or the checkpoint lacks a
+            tensor of it.
         StoreUnavailableError: as `find_base`.
     """
     directory = find_base(path_or_id)
     digest = read_base_facts(directory, path_or_id).digest
     try:
         model, found = _read_model(directory, dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except _NOT_LOADABLE as error:
         raise InvalidRequestError(
             f"{path_or_id} does not load as a causal language model: {_first_line(error)}",
             param="engine.base",
@@ -88,8 +93,8 @@ def load_config(path_or_id: str) -> PretrainedConfig:
     """Raises as `load_base`."""
     place, options = _source(find_base(path_or_id))
     try:
-        return AutoConfig.from_pretrained(place, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(place, **_SAFELY, **options)
+    except _NOT_LOADABLE as error:
         raise InvalidRequestError(
             f"{path_or_id} has no configuration that loads: {_first_line(error)}",
             param="engine.base",
@@ -147,11 +152,12 @@ def _read_model(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[s
     place, options = _source(path)
     arguments: dict[str, Any] = {
         "dtype": dtype,
-        "local_files_only": True,
         "output_loading_info": True,
+        **_SAFELY,
         **options,
     }
     if not options:
+        _refuse_quantised(path, AutoConfig.from_pretrained(place, **_SAFELY))
         model, found = AutoModelForCausalLM.from_pretrained(place, **arguments)
         return model, found
     if hasattr(transformers, "GgufConfig"):  # the releases before it always unpack
@@ -167,11 +173,21 @@ def _read_model(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[s
     return plain, found
 
 
+def _refuse_quantised(path: Path, config: PretrainedConfig) -> None:
+    described = getattr(config, "quantization_config", None)
+    if described:
+        method = described.get("quant_method") if isinstance(described, dict) else described
+        raise InvalidRequestError(
+            f"{path.name} is quantised ({method}); of quantised models only GGUF files are read, and unpacked",
+            param="engine.base",
+        )
+
+
 def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     place, options = _source(directory)
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(place, **_SAFELY, **options)
+    except _NOT_LOADABLE as error:
         raise InvalidRequestError(
             f"the model in {directory.name} has no tokenizer that loads: {_first_line(error)}",
             param="engine.base",

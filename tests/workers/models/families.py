@@ -57,6 +57,19 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
     "phi": ("phi", {"intermediate_size": 40, "partial_rotary_factor": 0.5}),
     "phi3": ("phi3", {"intermediate_size": 40, "num_key_value_heads": 2}),
+    "phi3-longrope": (
+        "phi3",
+        {
+            "intermediate_size": 40,
+            "original_max_position_embeddings": MAX_TOKENS,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0, 1.5, 2.0, 2.5],
+                "long_factor": [3.0, 4.0, 5.0, 6.0],
+            },
+        },
+    ),
     "gpt2": ("gpt2", {"n_inner": 40}),
     "gpt2-scaled": (
         "gpt2",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -62,6 +64,32 @@ def test_a_damaged_model_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> Non
     (damaged / "tokenizer_config.json").unlink()
     with pytest.raises(InvalidRequestError, match="no tokenizer that loads"):
         load_tokenizer(str(damaged))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"is quantised \(awq\)"),
+        (
+            {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"},
+            },
+            "custom code",
+        ),
+        ({"vocab_size": 7}, "does not load as a causal language model"),
+    ],
+)
+def test_what_would_not_be_the_model_is_refused(
+    tiny_llama_dir: Path, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, other)
+    config = json.loads((other / "config.json").read_bytes())
+    (other / "config.json").write_text(json.dumps(config | changes))
+    (other / "own.py").write_text("raise SystemExit('code of a stranger')")
+    with pytest.raises(InvalidRequestError, match=reason):
+        load_base(str(other), torch.float32, CPU)
 
 
 def test_shards_are_one_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
