@@ -14,6 +14,7 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.base_checkpoint import BaseFacts
 from storage.errors import AdapterRefusedError, BaseMismatchError, UnknownModelError
 from storage.formats.peft import read_peft
+from storage.formats.tensors import read_tensors, write_tensors
 from storage.formats.writing import write_flora, write_lora
 from storage.local_store import LocalObjectStore
 from storage.publishing import publish_adapter
@@ -216,3 +217,15 @@ def test_what_training_writes_is_read_back_bound_to_its_base(registry: Registry)
     files = _flora()
     assert read_peft(files).rows.base_digest == _BASE.digest
     assert publish_adapter(registry, NAME, files, _BASE).provenance.warnings == ()
+
+
+def test_a_trained_bias_of_a_norm_is_refused_by_name(registry: Registry, tmp_path: Path) -> None:
+    """`bias="all"` trains the norms' biases too, where the model has any (GPT-2); no row stands for them."""
+    _, files = random_adapter(BIAS_ALL, tmp_path / "peft", torch.float32)
+    name = "adapter_model.safetensors"
+    tensors, metadata = read_tensors(name, files[name])
+    tensors["base_model.model.model.norm.bias"] = torch.ones(32)
+    with pytest.raises(AdapterRefusedError, match=r"'base_model\.model\.model\.norm\.bias' is for"):
+        publish_adapter(
+            registry, NAME, {**files, name: write_tensors(tensors, metadata)}, _tiny_facts()
+        )

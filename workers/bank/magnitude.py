@@ -1,9 +1,9 @@
 """DoRA's magnitudes become output scales, measured on the base weight when an adapter is loaded.
 
-Readers know no base model and the device knows no magnitudes: in between, c = m / ‖W0 + g Σ q pᵀ‖ (norms of rows) is
-worked out on the host. Source: DoRA, arXiv 2402.09353, eq. 5; `peft.tuners.lora.dora`.
+Readers know no base model and the step knows no magnitudes: in between, c = m / ‖W0 + g Σ q pᵀ‖ (norms of rows) is
+worked out where W0 lies. Source: DoRA, arXiv 2402.09353, eq. 5; `peft.tuners.lora.dora`.
 
-Shape legend: I input features, O output features, E add rows, B rows of one block of the weight.
+Shape legend: I input features, O output features, E add rows, B rows of one block of the weight, C parts of a row.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from storage.errors import AdapterRefusedError
 
 _BLOCK_ELEMENTS = 1 << 22
 """Of the weight at a time, so that a load needs little memory beside the adapter."""
+_PART = 64
 
 
 def with_scale(path: str, rows: ModuleRows, weight_OI: Tensor) -> ModuleRows:
-    """The same rows with a scale instead of a magnitude, and add rows scaled by it. Exact to about 1e-8 of c.
+    """The same rows with a scale instead of a magnitude, and add rows scaled by it. Exact to about 1e-7 of c.
 
     Args:
         path: of the projection, for the error.
@@ -53,9 +54,20 @@ def _row_norms(rows: ModuleRows, weight_OI: Tensor) -> Tensor:
     norms = []
     for start in range(0, weight_OI.shape[0], block):
         some = slice(start, start + block)
-        adapted_BI = weight_OI[some].detach().to("cpu", dtype)
+        adapted_BI = weight_OI[some].detach().to(dtype)
         if rows.add_q_EO is not None and rows.add_p_EI is not None:
-            q_EB, p_EI = (side.cpu().to(dtype) for side in (rows.add_q_EO[:, some], rows.add_p_EI))
+            q_EB = rows.add_q_EO[:, some].to(adapted_BI)
+            p_EI = rows.add_p_EI.to(adapted_BI)
             adapted_BI = torch.addmm(adapted_BI, q_EB.T, p_EI, alpha=rows.add_gate)
-        norms.append(torch.linalg.vector_norm(adapted_BI, dim=1, dtype=torch.float64))
-    return torch.cat(norms)
+        norms.append(_lengths(adapted_BI))
+    return torch.cat(norms).cpu()
+
+
+def _lengths(rows_BI: Tensor) -> Tensor:
+    """Norms in float64, but for short parts of a row: a tenth of the time, and as exact as c needs."""
+    num_parts = rows_BI.shape[1] // _PART
+    whole = num_parts * _PART
+    parts = rows_BI[:, :whole].reshape(rows_BI.shape[0], num_parts, _PART)
+    parts_BC = torch.cat([torch.linalg.vector_norm(parts, dim=2), rows_BI[:, whole:]], dim=1)
+    length_B: Tensor = torch.linalg.vector_norm(parts_BC, dim=1, dtype=torch.float64)
+    return length_B
