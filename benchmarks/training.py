@@ -52,6 +52,7 @@ def measure(
     sizes: Sizes | None = None,
     steps: int = 2,
     dtype: torch.dtype = torch.float32,
+    device: torch.device = torch.device("cpu"),
 ) -> list[Row]:
     """All rows of the table.
 
@@ -61,7 +62,7 @@ def measure(
     """
     sizes = sizes or Sizes()
     longest = max(sizes.rank_tokens, *(tokens for tokens, _ in sizes.together))
-    loaded = load_base(str(base), dtype, torch.device("cpu"))
+    loaded = load_base(str(base), dtype, device)
     frozen = FrozenBase.adopt(loaded, max_tokens=longest + 1)
     rows: list[Row] = []
     for tokens, bar in sizes.together:

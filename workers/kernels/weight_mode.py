@@ -18,6 +18,7 @@ features, O output features, K mul rows, 16 at a time.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,6 +59,7 @@ def _weight_mode(
     tile_JC,
     HAS_BIAS: tl.constexpr,
     HAS_DOTS: tl.constexpr,
+    IS_APART: tl.constexpr,
     NUM_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -82,6 +84,7 @@ def _weight_mode(
     w_O = weight + o.to(tl.int64)[:, None] * weight_stride_o
     # Outputs are the rows here, so that the delta goes from registers to the matrix unit and not through shared memory.
     acc_OT = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
+    delta_OT = tl.zeros((BLOCK_O, BLOCK_T), tl.float32)
     for i0 in range(0, in_features, BLOCK_I):
         i = i0 + tl.arange(0, BLOCK_I)
         in_I = i < in_features
@@ -110,7 +113,14 @@ def _weight_mode(
         x_TI = tl.load(x_T + i[None, :], mask=in_T[:, None] & in_I[None, :], other=0.0).to(OPERAND)
         delta_OI = (w_OI.to(tl.float32) * pattern_OI).to(weight.dtype.element_ty)
         acc_OT = tl.dot(w_OI.to(OPERAND), tl.trans(x_TI), acc_OT, input_precision="ieee")
-        acc_OT = tl.dot(delta_OI.to(OPERAND), tl.trans(x_TI), acc_OT, input_precision="ieee")
+        if IS_APART:
+            delta_OT = tl.dot(
+                delta_OI.to(OPERAND), tl.trans(x_TI), delta_OT, input_precision="ieee"
+            )
+        else:
+            acc_OT = tl.dot(delta_OI.to(OPERAND), tl.trans(x_TI), acc_OT, input_precision="ieee")
+    if IS_APART:
+        acc_OT += delta_OT
     write_outputs(
         tl.trans(acc_OT), tile, o, y, y_stride, dots, dots_stride, num_dot_splits, out_rows, out_features, base_bias,
         page_F, HAS_BIAS, HAS_DOTS, BLOCK_T, BLOCK_K, OPERAND,
@@ -158,6 +168,8 @@ def weight_mode(
         tile_JC,
         HAS_BIAS=bias_O is not None,
         HAS_DOTS=dots_DP is not None,
+        # Summed into one accumulator, a small delta is rounded as coarsely as the base: too coarse for float32's bound.
+        IS_APART=x_TI.dtype == torch.float32,
         NUM_K=triton.next_power_of_2(triton.cdiv(max_mul, _BLOCK_K)),
         BLOCK_T=tiles.rows,
         BLOCK_O=tiles.outs,

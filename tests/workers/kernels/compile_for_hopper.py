@@ -107,7 +107,7 @@ def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
         )  # fmt: skip
     tiles = weight_tiles(WEIGHT_TILE_TOKENS, HIDDEN, HIDDEN)
     yield "weight mode", lambda tiles=tiles: compile_kernel(
-        _weight_mode, tiles, weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True, NUM_K=1,
+        _weight_mode, tiles, weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True, IS_APART=False, NUM_K=1,
         BLOCK_T=tiles.rows, BLOCK_O=tiles.outs, BLOCK_I=tiles.ins, BLOCK_K=16, OPERAND=tl.bfloat16,
     )  # fmt: skip
     plain = Tiles(1, 1, 1)
