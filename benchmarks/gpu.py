@@ -56,7 +56,7 @@ def sections() -> dict[str, Callable[[], Section]]:
 
 
 def measure(names: list[str], rounds: int, budget_s: float) -> tuple[list[Row], dict[str, str]]:
-    """All rows that could be measured, and why others could not. Sections that would begin after the budget are left out."""
+    """All rows that could be measured, and why others could not; none begins after the budget."""
     rows: list[Row] = []
     failures: dict[str, str] = {}
     began = time.monotonic()

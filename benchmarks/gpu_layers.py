@@ -38,7 +38,7 @@ def weights(num_in: int, num_out: int) -> list[DenseLinear]:
 
 
 class AdaptedLayers:
-    """Layers of one shape, each with `adapters` of its own rank, and a step that gives every adapter equally many tokens."""
+    """Layers of one shape, with adapters of one rank, and a step that gives every adapter equally many tokens."""
 
     def __init__(
         self, layers: list[DenseLinear], family: str, rank: int, adapters: int, tokens: int
@@ -106,7 +106,6 @@ def floors(rounds: int) -> list[Row]:
     target = torch.empty_like(source)
     copied = replays({"copy": [lambda: target.copy_(source)]}, rounds)["copy"]
     moved = 2 * source.nbytes
-    del source, target
     side = 8192
     one, other = _normal(side, side), _normal(side, side)
     product = replays({"product": [lambda: one @ other]}, rounds)["product"]
@@ -274,7 +273,7 @@ def _microseconds(name: str, times: Times) -> Row:
 
 
 def tune(rounds: int) -> None:
-    """Print how long the stacked product and weight mode take with other tiles than workers/kernels/tiles.py chooses."""
+    """Print how long stacked rows and weight mode take with other tiles than workers/kernels/tiles.py chooses."""
     from workers.kernels import product
 
     choices: dict[str, list[dict[str, int]]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from workers.bank.loader import AdapterLoader
 from workers.config import EngineSettings
 from workers.engine.engine import Engine
 from workers.engine.request import EngineRequest, SamplingParams
-from workers.models import hf
 from workers.models.arithmetic import Arithmetic, kernel_arithmetic
 from workers.models.loading import LoadedBase
 from workers.models.native.runner import NativeRunner
 from workers.models.runner import SequenceSpan, StepInput
 from workers.row_form.base_linear import BaseLinear
+from workers.row_form.cost import ROW_MODE
 from workers.row_form.module_index import ModuleIndex, index_module_group
 from workers.row_form.step_plan import Segment, plan_step
 
@@ -59,15 +59,10 @@ def gathered_lora(
 
 
 class Decoding:
-    """A runner in the middle of decoding: BATCH sequences of CONTEXT tokens, each with an adapter of rank 1, or none."""
+    """A runner in the middle of decoding: BATCH sequences of CONTEXT tokens, each with an adapter of rank 1 or none."""
 
     def __init__(self, family: str | None, arithmetic: Arithmetic) -> None:
-        chosen = hf.choose_arithmetic
-        hf.choose_arithmetic = lambda *_, **__: arithmetic
-        try:
-            self.runner = NativeRunner(_random_base(), _settings())
-        finally:
-            hf.choose_arithmetic = chosen
+        self.runner = NativeRunner(_random_base(), _settings(), arithmetic)
         self.bank = _bank(self.runner, BATCH)
         slots = [] if family is None else _load(self.bank, self.runner, family, BATCH)
         per_sequence = CONTEXT // _settings().kv_block_tokens + 1
@@ -106,7 +101,7 @@ def models(rounds: int) -> list[Row]:
     torch.manual_seed(0)
     peer = replace(
         kernel_arithmetic(), product=gathered_lora, look_up=index_module_group, epilogue=None,
-        cost=replace(hf.cost_model_for(DTYPE), thin_product_tokens=10**9),
+        cost=ROW_MODE,
     )  # fmt: skip
     sides = {
         "flora": Decoding("flora", kernel_arithmetic()),
@@ -243,15 +238,15 @@ def _engine_step_seconds(rounds: int) -> list[float]:
     loader = AdapterLoader(bank, _never_fetched, base_digest=runner.base_digest, concurrency=1)
     _load(bank, runner, "flora", BATCH)
     engine = Engine(runner, bank, loader, _settings())
-    steps, warm = 32, 8
-    length = (rounds + 1) * steps + warm
+    steps = 32
+    length = (rounds + 1) * steps
     if length + CONTEXT > _settings().max_sequence_tokens:
         raise ValueError("too many rounds for the sequences' length")
     for number in range(BATCH):
         sampling = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         prompt = tuple(torch.randint(3, 30_000, (CONTEXT,)).tolist())
         engine.submit(EngineRequest(str(number), prompt, sampling, AdapterSet.of(_version(number))))
-    while any(count == 0 for count in _answered(engine, warm)):
+    while len(engine.step().outputs) < BATCH:  # until all of them decode
         pass
     taken = []
     for _ in range(rounds):
@@ -261,11 +256,6 @@ def _engine_step_seconds(rounds: int) -> list[float]:
         torch.cuda.synchronize()
         taken.append((time.perf_counter() - began) / steps)
     return taken
-
-
-def _answered(engine: Engine, steps: int) -> Sequence[int]:
-    """Runs some steps; how many outputs each of them gave."""
-    return [len(engine.step().outputs) for _ in range(steps)]
 
 
 def _never_fetched(version: AdapterVersion) -> Any:

@@ -29,6 +29,7 @@ from workers.models.loading import load_base
 CLAIM = "Adapters train faster together than one after another, and a step hardly costs more for a higher rank."
 SEED = 0
 _VOCABULARY = 40_000
+_CPU = torch.device("cpu")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,7 +53,7 @@ def measure(
     sizes: Sizes | None = None,
     steps: int = 2,
     dtype: torch.dtype = torch.float32,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device = _CPU,
 ) -> list[Row]:
     """All rows of the table.
 

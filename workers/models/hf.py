@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from workers.attention.building import build_attention
 from workers.bank.bank import AdapterBank
 from workers.config import EngineSettings
-from workers.models.arithmetic import choose_arithmetic
+from workers.models.arithmetic import Arithmetic, choose_arithmetic
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
 from workers.models.memory_fit import fit_memory
@@ -36,7 +36,9 @@ class HfRunner:
         InvalidRequestError: the model needs something the engine does not have; says what.
     """
 
-    def __init__(self, base: LoadedBase, settings: EngineSettings) -> None:
+    def __init__(
+        self, base: LoadedBase, settings: EngineSettings, arithmetic: Arithmetic | None = None
+    ) -> None:
         model = base.model
         config = model.config.get_text_config(decoder=True)
         own_limit = getattr(config, "max_position_embeddings", settings.max_sequence_tokens)
@@ -44,7 +46,7 @@ class HfRunner:
         num_kv_heads, head_dim = adopt_attention(model, max_tokens)
         self._model = model
         self._base_digest = base.digest
-        self._arithmetic = choose_arithmetic(
+        self._arithmetic = arithmetic or choose_arithmetic(
             model.dtype, model.device, head_dim=head_dim, compiled=settings.compiled
         )
         self._layers = wrap_linears(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workers.config import EngineSettings
+from workers.models.arithmetic import Arithmetic
 from workers.models.hf import HfRunner
 from workers.models.loading import LoadedBase
 from workers.models.native.decoder import NativeDecoder
@@ -18,8 +19,10 @@ class NativeRunner(HfRunner):
         InvalidRequestError: the model is of another shape; says what is lacking.
     """
 
-    def __init__(self, base: LoadedBase, settings: EngineSettings) -> None:
-        super().__init__(base, settings)
+    def __init__(
+        self, base: LoadedBase, settings: EngineSettings, arithmetic: Arithmetic | None = None
+    ) -> None:
+        super().__init__(base, settings, arithmetic)
         self._decoder = NativeDecoder(
             base.model,
             self._arithmetic.decoder,
