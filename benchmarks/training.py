@@ -51,7 +51,7 @@ def measure(
     rounds: int,
     *,
     sizes: Sizes | None = None,
-    steps: int = 2,
+    steps: int = 1,
     dtype: torch.dtype = torch.float32,
     device: torch.device = _CPU,
 ) -> list[Row]:
@@ -163,8 +163,8 @@ def _never(*_: Any) -> NoReturn:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, rounds=3)
-    parser.add_argument("--steps", type=int, default=2, help="of every adapter in a round")
+    parser = parser_of(__doc__, rounds=5)
+    parser.add_argument("--steps", type=int, default=1, help="of every adapter in a round")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the frozen base")
     arguments = parse(parser)
     rows = measure(

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.own_engine import Answered
 from benchmarks.results_file import Side
 
 _KV_CACHE_GB = 2
+_HALT_WITHIN_S = 10.0
 
 
 class VllmProcess:
@@ -63,7 +65,7 @@ class VllmProcess:
             RuntimeError: it ended; the message has the end of its log.
         """
         loaded = self._hear()
-        self._signal(signal.SIGSTOP)
+        self._halt()
         return Side(self._name, loaded["threads"], tuple(loaded["cpus"])), loaded["versions"]
 
     def run(
@@ -101,7 +103,14 @@ class VllmProcess:
         try:
             yield
         finally:
-            self._signal(signal.SIGSTOP)
+            self._halt()
+
+    def _halt(self) -> None:
+        """Stop all processes, and wait until they are: a busy machine takes its time to tell them."""
+        self._signal(signal.SIGSTOP)
+        until_s = time.monotonic() + _HALT_WITHIN_S
+        while any(_is_running(one) for one in self._tree()) and time.monotonic() < until_s:
+            time.sleep(0.001)
 
     def _signal(self, number: signal.Signals) -> None:
         for one in self._tree():
@@ -126,6 +135,13 @@ class VllmProcess:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
             raise RuntimeError(f"vLLM ended; the end of its log:\n{tail}")
         return json.loads(line)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _rank_of(adapter: Path) -> int:
