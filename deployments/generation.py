@@ -39,6 +39,7 @@ class Generation:
     ) -> None:
         self.request = request
         self.num_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt
         self.replica_id = ""
         self.adapter_tier: str | None = None
         self.queue_time_s = 0.0
@@ -75,6 +76,7 @@ class Generation:
         self.replica_id = self._first.replica_id
         self.adapter_tier = self._first.outputs[0].adapter_tier
         self.queue_time_s = self._first.outputs[0].queue_time_s or 0.0
+        self.num_cached_tokens = self._first.outputs[0].num_cached_tokens or 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """The answer as it comes. A replica lost now is an error: the client has seen a part."""

@@ -67,9 +67,11 @@ class _Answers:
     @property
     def usage(self) -> Usage:
         """A prompt counts once, however many answers it has."""
+        first_answers = self.generations[:: self.n]
         return Usage(
-            sum(len(each.request.prompt_token_ids) for each in self.generations[:: self.n]),
-            sum(each.num_tokens for each in self.generations),
+            prompt_tokens=sum(len(each.request.prompt_token_ids) for each in first_answers),
+            completion_tokens=sum(each.num_tokens for each in self.generations),
+            cached_tokens=sum(each.num_cached_tokens for each in first_answers),
         )
 
     @property

@@ -141,6 +141,21 @@ def test_a_streamed_chat_has_role_deltas_reason_usage_and_done(
     assert len({each.id for each in chunks}) == 1
 
 
+def test_usage_tells_what_of_a_prompt_was_known_and_never_another_adapters(
+    client: openai.OpenAI,
+) -> None:
+    prompt = "once told, a story need not be told again " * 3
+
+    def cached(model: str) -> int:
+        usage = client.completions.create(model=model, prompt=prompt, max_tokens=1).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert usage.prompt_tokens > 32
+        return usage.prompt_tokens_details.cached_tokens or 0
+
+    assert [cached("poet"), cached("clerk"), cached(BASE_ID)] == [0, 0, 0]
+    assert min(cached("poet"), cached("clerk"), cached(BASE_ID)) >= 16
+
+
 def test_a_stream_is_server_sent_events_that_end_with_done(server: LocalServer) -> None:
     response = complete(server, model="poet", stream=True)
     assert response.headers["content-type"].startswith("text/event-stream")
