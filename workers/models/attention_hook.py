@@ -10,7 +10,7 @@ Shape legend: T tokens in the step, H query heads, K key/value heads, D head dim
 from __future__ import annotations
 
 import inspect
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -115,11 +115,11 @@ def _every_linear_sees_every_token(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         InvalidRequestError: a layer that adapters may name saw some of the tokens only, or none.
     """
-    num_seen: Counter[str] = Counter()
+    num_seen: defaultdict[str, set[int]] = defaultdict(set)
 
     def counting(path: str) -> Any:
         def count(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            num_seen[path] += arguments[0].shape[:-1].numel()
+            num_seen[path].add(arguments[0].shape[:-1].numel())
 
         return count
 
@@ -131,9 +131,9 @@ def _every_linear_sees_every_token(model: PreTrainedModel) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     for path in layers:
-        if num_seen[path] != _PROBE_TOKENS:
+        if num_seen[path] != {_PROBE_TOKENS}:
             raise InvalidRequestError(
-                f"{type(model).__name__} does not send every token once through {path} (an expert's layer?), "
+                f"{type(model).__name__} does not send every token through {path} (an expert's layer?), "
                 "so tokens cannot be told apart there",
                 param="engine.base",
             )

@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "cross attention",
     ),
     "pictures": (_seeing_pictures, "inputs other than text"),
-    "experts": (_with_an_experts_layer, r"every token once through model\.layers\.1\.mlp\.expert"),
+    "experts": (_with_an_experts_layer, r"every token through model\.layers\.1\.mlp\.expert"),
     "positions": (_counting_its_own_positions, "positions that it counts itself"),
     "rope of some layers that looks at the batch": (
         lambda: tiny(
