@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -160,11 +160,15 @@ class AdapterLoader:
                     load.is_parked = False
                     self._enqueue(load)
 
-    @property
-    def claims(self) -> frozenset[AdapterVersion]:
-        """Adapters that were loaded for a request and are kept for it until `release_claims`, a reference each."""
+    def references_of_others(self) -> dict[AdapterVersion, int]:
+        """How often each adapter is held, not counting those kept for requests until `release_claims`.
+
+        Consistent while loads end.
+        """
         with self._condition:
-            return frozenset(self._claims)
+            held = Counter(self._bank.references())
+            held.subtract(self._claims)
+        return {version: count for version, count in held.items() if count}
 
     def release_claims(self) -> None:
         """Every request that waits has had its chance to take a reference of its own."""

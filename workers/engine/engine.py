@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 
-from storage.errors import AdapterRefusedError, FloraError
+from storage.errors import FloraError
 from storage.identity import AdapterVersion
 from workers.attention.blocks import BlockLedger
 from workers.attention.slots import SlotLedger
@@ -20,14 +21,16 @@ from workers.bank.loader import AdapterLoader
 from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
 from workers.engine.kv_allocator import KvAllocator
+from workers.engine.outbox import Outbox, not_finite
 from workers.engine.prompt_scores import score_prompts
-from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+from workers.engine.request import EngineRequest, FinishReason, StepOutputs
 from workers.engine.sampling.greedy import choose_greatest
 from workers.engine.sampling.row import SampledToken
 from workers.engine.sampling.sampler import sample
-from workers.engine.scheduler import ScheduledSpan, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 from workers.engine.starvation import StarvationRule
+from workers.engine.step_budget import ScheduledSpan, StepBudget
 from workers.engine.step_input import build_step_input, sampling_row
 from workers.engine.validation import RequestLimits, validate_request
 from workers.models.runner import ModelRunner
@@ -79,23 +82,21 @@ class Engine:
             blocks,
             prefix_cache=settings.prefix_cache,
         )
-        self._scheduler = Scheduler(
-            bank,
-            self._kv,
-            max_step_tokens=settings.max_step_tokens,
-            max_step_work=settings.max_step_work,
+        budget = StepBudget(
+            settings.max_step_tokens, settings.max_step_work, least_tokens=blocks.block_tokens
         )
+        self._scheduler = Scheduler(bank, self._kv, budget)
         self._starvation = StarvationRule()
         self._wanted_pins: frozenset[AdapterVersion] = frozenset()
         self._applied_pins: frozenset[AdapterVersion] = frozenset()
-        self._outputs: list[RequestOutput] = []
+        self._outbox = Outbox(clock, loader.tier)
         self._tokens_out = 0
         self._step_errors = 0
         self._failed_in_a_row = 0
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._scheduler.num_waiting or self._scheduler.num_running or self._outputs)
+        return bool(self._scheduler.num_waiting or self._scheduler.num_running or self._outbox)
 
     @property
     def failed_steps_in_a_row(self) -> int:
@@ -126,7 +127,7 @@ class Engine:
         """End every request now, and return the last outputs."""
         for sequence in self._scheduler.sequences():
             self._end(sequence, FinishReason.ABORT)
-        return StepOutputs(self._take_outputs())
+        return StepOutputs(self._outbox.take())
 
     def prefetch(
         self, versions: Ordered[AdapterVersion], pinned: frozenset[AdapterVersion]
@@ -172,21 +173,20 @@ class Engine:
         if spans:
             self._compute(spans)
         return StepOutputs(
-            outputs=self._take_outputs(),
+            outputs=self._outbox.take(),
             num_tokens=sum(span.num_new for span in spans),
             duration_s=self._clock() - start_s,
         )
 
     def check_integrity(self) -> bool:
-        """The books of scheduler, slots, loader and bank agree. Only between steps, with no load under way."""
-        held = dict.fromkeys(self.loader.claims, 1)
-        for one in self._scheduler.sequences():
-            if one.version is not None and one.bank_slot is not None:
-                held[one.version] = held.get(one.version, 0) + 1
+        """The books of scheduler, KV cache, loader and bank agree. Only between steps."""
+        held = Counter(
+            one.version for one in self._scheduler.sequences() if one.bank_slot is not None
+        )
         return (
             self._scheduler.check_integrity()
             and self.bank.check_integrity()
-            and self.bank.references() == held
+            and self.loader.references_of_others() == held
         )
 
     def _expire(self, now: float) -> None:
@@ -263,7 +263,7 @@ class Engine:
     def _append(self, sequence: Sequence, new: SampledToken | None) -> None:
         is_bad_prompt = not sequence.has_reported and None in sequence.prompt_logprobs
         if new is None or is_bad_prompt:
-            self._end(sequence, FinishReason.ERROR, _not_finite(sequence))
+            self._end(sequence, FinishReason.ERROR, not_finite(sequence))
             return
         if not sequence.request.sampling.max_tokens:
             self._end(sequence, FinishReason.LENGTH)
@@ -272,7 +272,7 @@ class Engine:
         self._tokens_out += 1
         sequence.answer.append(new.token)
         if reason is None:
-            self._put(sequence, new)
+            self._outbox.put(sequence, new)
         else:
             self._end(sequence, reason, new=None if reason is FinishReason.STOP else new)
 
@@ -283,49 +283,6 @@ class Engine:
         error: Exception | None = None,
         new: SampledToken | None = None,
     ) -> None:
-        self._put(sequence, new, reason, error)
+        self._outbox.put(sequence, new, reason, error)
         if self._scheduler.remove(sequence):
             self.loader.rows_freed()
-
-    def _put(
-        self,
-        sequence: Sequence,
-        new: SampledToken | None,
-        reason: FinishReason | None = None,
-        error: Exception | None = None,
-    ) -> None:
-        is_first = not sequence.has_reported
-        sequence.has_reported = True
-        admitted_s = sequence.admitted_s if sequence.admitted_s is not None else self._clock()
-        self._outputs.append(
-            RequestOutput(
-                request_id=sequence.request.request_id,
-                adapters=sequence.request.adapters,
-                new_token_ids=() if new is None else (new.token,),
-                finish_reason=reason,
-                error=error,
-                adapter_tier=self._tier(sequence) if is_first else None,
-                queue_time_s=admitted_s - sequence.arrived_s if is_first else None,
-                new_logprobs=() if new is None or new.logprobs is None else (new.logprobs,),
-                prompt_logprobs=sequence.scored_prompt() if is_first else None,
-                num_cached_tokens=sequence.num_reused if is_first else None,
-            )
-        )
-
-    def _tier(self, sequence: Sequence) -> str | None:
-        """Where the request found its adapter; None for the base model, or when it never got it."""
-        if sequence.version is None or sequence.bank_slot is None:
-            return None
-        return self.loader.tier(sequence.version) if sequence.needed_load else "device"
-
-    def _take_outputs(self) -> tuple[RequestOutput, ...]:
-        outputs, self._outputs = tuple(self._outputs), []
-        return outputs
-
-
-def _not_finite(sequence: Sequence) -> FloraError:
-    if sequence.version is None:
-        return FloraError("the base model produced values that are not finite")
-    return AdapterRefusedError(
-        f"the adapter {sequence.version[:12]}… produces values that are not finite", param="model"
-    )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from workers.engine.request import TokenLogprobs
 from workers.engine.sampling.logprobs import token_logprobs
-from workers.engine.scheduler import ScheduledSpan
 from workers.engine.sequence import Sequence
+from workers.engine.step_budget import ScheduledSpan
 
 
 def score_prompts(

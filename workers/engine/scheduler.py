@@ -12,7 +12,6 @@ always advances, and whatever is admitted is finished.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 from storage.errors import InvalidRequestError
@@ -20,6 +19,7 @@ from storage.identity import AdapterVersion
 from workers.engine.fair_queue import Account, FairQueue, account_of
 from workers.engine.kv_allocator import KvAllocator
 from workers.engine.sequence import Sequence
+from workers.engine.step_budget import ScheduledSpan, StepBudget
 from workers.row_form.step_plan import NotResidentError
 
 
@@ -35,45 +35,24 @@ class AdapterReferences(Protocol):
     def release(self, version: AdapterVersion) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSpan:
-    """The next tokens of one sequence. Logits are wanted where they complete what is known of it."""
-
-    sequence: Sequence
-    num_new: int
-
-    @property
-    def wants_logits(self) -> bool:
-        return self.num_new == self.sequence.num_pending
-
-
 class Scheduler:
     """See the module's docstring.
 
     Args:
         adapters: where references are taken and given back.
         kv: slots, one for each running sequence, and blocks, enough for the longest sequence there can be.
-        max_step_tokens: of one step; at least as many as there are KV slots, so that all running sequences advance.
-        max_step_work: rank-weighted tokens after which a step takes no more of prompts.
+        budget: of one step; at least as many tokens as there are KV slots, so that all running sequences advance.
     """
 
-    def __init__(
-        self,
-        adapters: AdapterReferences,
-        kv: KvAllocator,
-        *,
-        max_step_tokens: int,
-        max_step_work: int,
-    ) -> None:
-        if max_step_tokens < kv.num_slots:
+    def __init__(self, adapters: AdapterReferences, kv: KvAllocator, budget: StepBudget) -> None:
+        if budget.max_tokens < kv.num_slots:
             raise InvalidRequestError(
-                f"max_step_tokens is {max_step_tokens}; it must be at least max_sequences, {kv.num_slots}",
+                f"max_step_tokens is {budget.max_tokens}; it must be at least max_sequences, {kv.num_slots}",
                 param="engine.max_step_tokens",
             )
         self._adapters = adapters
         self._kv = kv
-        self._max_step_tokens = max_step_tokens
-        self._max_step_work = max_step_work
+        self._budget = budget
         self._queue = FairQueue()
         self._waiting: dict[str, Sequence] = {}  # never ran: those in the queue
         self._preempted: dict[str, Sequence] = {}
@@ -154,33 +133,15 @@ class Scheduler:
         return tuple(missing)
 
     def next_step(self) -> list[ScheduledSpan]:
-        """Running sequences' next tokens within the budget: first one for each that decodes, by KV slot, so that
-        they form one batch; then prompts, as far as they fit, those of the least served first.
+        """Running sequences' next tokens within the budget, prompts of the least served first.
 
         Sequences for whose next token no block is left are preempted, or preempt others.
         """
         self._make_room_to_decode()
-        # decode
-        decode = [one for one in self._running.values() if one.num_pending == 1]
-        decode.sort(key=lambda one: one.kv_slot or 0)
-        spans = [ScheduledSpan(one, 1) for one in decode]
-        tokens = self._max_step_tokens - len(spans)
-        work = self._max_step_work - sum(one.request.work_per_token for one in decode)
-        # prefill
-        prompts = [one for one in self._running.values() if one.num_pending > 1]
-        prompts.sort(key=lambda one: (self._queue.standing(account_of(one)), _ticket(one)))
-        # Decoding may be all the work of a step; the first prompt advances nevertheless.
-        least = self._kv.block_tokens
-        for one in prompts:
-            affordable = max(int(work // one.request.work_per_token), least)
-            num_new = min(one.num_pending, tokens, affordable)
-            if num_new <= 0:
-                continue
-            spans.append(ScheduledSpan(one, num_new))
-            tokens -= num_new
-            work -= num_new * one.request.work_per_token
-            least = 0
-        return spans
+        return self._budget.fill(
+            self._running.values(),
+            turn=lambda one: (self._queue.standing(account_of(one)), _ticket(one)),
+        )
 
     def advance(self, span: ScheduledSpan) -> None:
         """The span's tokens are in the KV cache."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence as Ordered
 import torch
 
 from workers.engine.sampling.row import SamplingRow
-from workers.engine.scheduler import ScheduledSpan
 from workers.engine.sequence import Sequence
+from workers.engine.step_budget import ScheduledSpan
 from workers.models.runner import KvCopy, SequenceSpan, StepInput
 from workers.row_form.step_plan import Segment, plan_step
 

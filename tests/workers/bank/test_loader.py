@@ -105,15 +105,15 @@ def test_what_was_loaded_for_a_request_stays_until_the_request_has_seen_it(
     for number in range(6):
         loader.request(version(number))
     # Two fit. The others wait for room instead of pushing them out unseen.
-    eventually(lambda: len(loader.claims) == 2)
+    eventually(lambda: len(bank.references()) == 2)
     eventually(lambda: sum(loader.waits_for_room(version(i)) for i in range(6)) == 4)
     assert bank.counters.evictions == 0
-    seen = set(loader.claims)
+    seen = set(bank.references())
     while len(seen) < 6:
         loader.release_claims()
-        eventually(lambda: len(loader.claims) > 0)
-        seen |= loader.claims
-    assert not bank.references().keys() - loader.claims
+        eventually(lambda: len(bank.references()) > 0)
+        seen |= bank.references().keys()
+    assert not loader.references_of_others()
 
 
 def test_an_adapter_without_room_is_loaded_once_room_is_made(

@@ -24,8 +24,9 @@ from workers.bank.bank import AdapterBank
 from workers.bank.books import BankBusyError
 from workers.engine.kv_allocator import KvAllocator
 from workers.engine.request import EngineRequest, SamplingParams
-from workers.engine.scheduler import ScheduledSpan, Scheduler
+from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
+from workers.engine.step_budget import ScheduledSpan, StepBudget
 
 NUM_SLOTS, MAX_TOKENS, BUDGET, BANK_ROWS, BLOCK_TOKENS = 3, 24, 6, 4, 4
 LONGEST = 24  # prompt and answer
@@ -81,9 +82,8 @@ def scheduler(
         BlockLedger(num_blocks, BLOCK_TOKENS),
         prefix_cache=prefix_cache,
     )
-    return Scheduler(
-        bank or small_bank(), kv, max_step_tokens=max_step_tokens, max_step_work=max_step_work
-    )
+    budget = StepBudget(max_step_tokens, max_step_work, least_tokens=BLOCK_TOKENS)
+    return Scheduler(bank or small_bank(), kv, budget)
 
 
 def step(one: Scheduler) -> list[tuple[str, int]]:
