@@ -78,7 +78,8 @@ def compiled_loops() -> CompiledLoops | None:
         return None
     try:
         _share_openmp()
-        return CompiledLoops(ctypes.CDLL(str(_built(compiler))))
+        # The interpreter's lock is kept: a loop takes less time than giving the lock away and waiting for it again.
+        return CompiledLoops(ctypes.PyDLL(str(_built(compiler))))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("the engine runs without its compiled loops, slower on CPU: %s", detail)
