@@ -10,19 +10,15 @@ from hypothesis import strategies as st
 from tests.workers.kernels.interpreted import KernelLayers
 from tests.workers.row_form.mixed_layers import (
     FAMILIES,
+    MIX,
     MIXED_MODES,
     ROW_MODE,
+    SEGMENTS,
+    SHAPES,
     WEIGHT_MODE,
     mixed_layers,
 )
-from tests.workers.row_form.test_adapted_product import (
-    BOUND,
-    MIX,
-    SEGMENTS,
-    SHAPES,
-    own_error,
-    without_contribution,
-)
+from tests.workers.row_form.test_error_bound import BOUND, own_error, without_contribution
 from workers.kernels.product import adapted_product
 from workers.kernels.step_tables import index_for_kernels
 from workers.row_form.base_linear import DenseLinear
