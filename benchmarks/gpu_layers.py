@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -242,9 +241,10 @@ def _add_rows(rounds: int) -> list[Row]:
 
 def _vllm_kernels(side: AdaptedLayers, rank: int) -> list[Call] | None:
     """Base product, shrink and expand as vLLM runs them; None where vLLM is not installed."""
-    if find_spec("vllm") is None:
+    try:
+        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+    except ImportError:
         return None
-    from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
     tokens, num_in = side.x_TI.shape
     num_out = side._layers[0].out_features

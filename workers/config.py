@@ -26,6 +26,10 @@ class EngineSettings(BaseModel):
         default="auto",
         description="hf: any transformers model; native: Llama-shaped ones, faster; auto: native where it can be.",
     )
+    decode_graphs: bool = Field(
+        default=True,
+        description="On a GPU: the native runner's decode steps are replayed from recorded graphs.",
+    )
     compiled: bool = Field(
         default=True,
         description="On CPU: loops compiled with this machine's C++ compiler, where it has one.",

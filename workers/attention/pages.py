@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from workers.models.runner import KvCopy, SequenceSpan
+
+_TILE_WORDS = 4  # first token, tokens, first position, sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,35 @@ class PageStep:
     single_JS: Tensor  # spans of one new token
     tile_JS: Tensor  # tiles of longer spans
     max_length: int  # of the longest sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """How many entries each part of a step has room for."""
+
+    tokens: int
+    sequences: int
+    blocks: int  # of one sequence
+    singles: int
+    tiles: int
+    max_length: int
+
+    def views(self, buffer: Tensor) -> PageStep:
+        """The step that `PagedAttention.pack` wrote into this buffer of 32-bit words."""
+        counts = [
+            2 * self.tokens,
+            self.sequences * self.blocks,
+            _TILE_WORDS * self.singles,
+            _TILE_WORDS * self.tiles,
+        ]
+        places, blocks, singles, tiles = torch.split(buffer, counts)
+        return PageStep(
+            place_T=places.view(torch.int64),
+            block_NB=blocks.view(self.sequences, self.blocks),
+            single_JS=singles.view(-1, _TILE_WORDS),
+            tile_JS=tiles.view(-1, _TILE_WORDS),
+            max_length=self.max_length,
+        )
 
 
 class PagedAttention:
@@ -67,7 +99,7 @@ class PagedAttention:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self._spans: tuple[SequenceSpan, ...] = ()
-        self.step: PageStep | None = None
+        self.step: PageStep | None = None  # may be set to one that a recorded graph reads
 
     def begin_step(
         self,
@@ -76,9 +108,8 @@ class PagedAttention:
         restores: Sequence[KvCopy] = (),
     ) -> None:
         """Saves and restores need nothing here. Raises ValueError for a span whose blocks do not hold it."""
-        self._check(spans)
-        self._spans = tuple(spans)
         self.step = self._upload(spans)
+        self._spans = tuple(spans)
 
     def attend(
         self, layer: int, query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, scale: float
@@ -160,7 +191,8 @@ class PagedAttention:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
-    def _check(self, spans: Sequence[SequenceSpan]) -> None:
+    def check(self, spans: Sequence[SequenceSpan]) -> None:
+        """Raises ValueError for a span whose blocks do not hold it."""
         written: set[int] = set()
         for span in spans:
             if span.num_new < 1 or span.num_total > self.max_tokens_per_slot:
@@ -178,38 +210,47 @@ class PagedAttention:
             written.update(mine)
 
     def _upload(self, spans: Sequence[SequenceSpan]) -> PageStep:
-        count = len(spans)
-        most = max((self._blocks_for(span.num_total) for span in spans), default=0)
-        block_NB = np.zeros((count, most), dtype=np.int32)
-        place: list[int] = []
-        single: list[list[int]] = []
-        tiles: list[list[int]] = []
-        for number, span in enumerate(spans):
-            used = span.blocks[: self._blocks_for(span.num_total)]
-            block_NB[number, : len(used)] = used
-            first = len(place)
-            for position in range(span.num_cached, span.num_total):
-                block, within = divmod(position, self.block_tokens)
-                place.append(used[block] * self.block_tokens + within)
-            if span.num_new == 1:
-                single.append([first, 1, span.num_cached, number])
-                continue
-            at_once = self._tile_tokens or span.num_new
-            for start in range(0, span.num_new, at_once):
-                size = min(at_once, span.num_new - start)
-                tiles.append([first + start, size, span.num_cached + start, number])
-        words = [
-            np.array(place, dtype=np.int64).view(np.int32),
-            block_NB.reshape(-1),
-            np.array(single, dtype=np.int32).reshape(-1),
-            np.array(tiles, dtype=np.int32).reshape(-1),
-        ]
-        buffer = torch.from_numpy(np.concatenate(words)).to(self._device, non_blocking=True)
-        places, blocks, singles, rest = torch.split(buffer, [len(one) for one in words])
-        return PageStep(
-            place_T=places.view(torch.int64),
-            block_NB=blocks.view(count, most),
-            single_JS=singles.view(-1, 4),
-            tile_JS=rest.view(-1, 4),
+        self.check(spans)
+        layout = PageLayout(
+            tokens=sum(span.num_new for span in spans),
+            sequences=len(spans),
+            blocks=max((self._blocks_for(span.num_total) for span in spans), default=0),
+            singles=sum(span.num_new == 1 for span in spans),
+            tiles=sum(self._tiles_of(span) for span in spans),
             max_length=max((span.num_total for span in spans), default=0),
         )
+        words = torch.from_numpy(self.pack(spans, layout))
+        return layout.views(words.to(self._device, non_blocking=True))
+
+    def pack(self, spans: Sequence[SequenceSpan], layout: PageLayout) -> npt.NDArray[np.int32]:
+        """A step as one buffer that `layout` reads; where it has room to spare stand tokens of nobody.
+
+        Raises ValueError for more than the layout has room for.
+        """
+        nobody = self.num_blocks * self.block_tokens
+        place_T = np.full(layout.tokens, nobody, dtype=np.int64)
+        block_NB = np.zeros((layout.sequences, layout.blocks), dtype=np.int32)
+        single_JS = np.zeros((layout.singles, _TILE_WORDS), dtype=np.int32)
+        tile_JS = np.zeros((layout.tiles, _TILE_WORDS), dtype=np.int32)
+        token = single = tile = 0
+        for number, span in enumerate(spans):
+            used = np.array(span.blocks[: self._blocks_for(span.num_total)], dtype=np.int32)
+            block_NB[number, : len(used)] = used
+            position = np.arange(span.num_cached, span.num_total)
+            block, within = np.divmod(position, self.block_tokens)
+            place_T[token : token + span.num_new] = used[block] * self.block_tokens + within
+            if span.num_new == 1:
+                single_JS[single] = token, 1, span.num_cached, number
+                single += 1
+            else:
+                at_once = self._tile_tokens or span.num_new
+                for start in range(0, span.num_new, at_once):
+                    size = min(at_once, span.num_new - start)
+                    tile_JS[tile] = token + start, size, span.num_cached + start, number
+                    tile += 1
+            token += span.num_new
+        parts = (place_T.view(np.int32), block_NB, single_JS, tile_JS)
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def _tiles_of(self, span: SequenceSpan) -> int:
+        return 0 if span.num_new == 1 else -(-span.num_new // (self._tile_tokens or span.num_new))

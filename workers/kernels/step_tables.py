@@ -161,6 +161,27 @@ class HostTables:
         )
 
 
+def decode_capacity(
+    num_tokens: int, rows_per_token: int, dots_per_token: int, *, has_long: bool
+) -> dict[str, int]:
+    """Room for any step of `num_tokens` runs of one token each, within so many rows and dots.
+
+    Args:
+        has_long: base tokens may stand side by side and make long runs.
+    """
+    rows, dots = num_tokens * rows_per_token, num_tokens * dots_per_token
+    return {
+        "row_token_R": rows,
+        "row_page_R": rows,
+        "page_F": 2 * (rows + dots) + num_tokens + 1,
+        "sum_short_JC": num_tokens,
+        "sum_long_JC": num_tokens // SHORT_RUN if has_long else 0,
+        "dot_short_JC": num_tokens if dots else 0,
+        "dot_long_JC": 0,
+        "weight_JC": 0,
+    }
+
+
 def index_for_kernels(plan: StepPlan, table: GroupTable, cost: CostModel) -> StepTables:
     """`index_module_group` for the kernels. Host time grows with runs and rows; no host sync."""
     host = look_up(plan, table, cost)

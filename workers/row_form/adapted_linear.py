@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -50,9 +50,11 @@ class StepContext:
         self._snapshot: BankSnapshot | None = None
         self._indices: dict[GroupTable, StepIndex] = {}  # of the plan `_indexed`
         self._indexed: StepPlan | None = None
+        self._given: Mapping[str, StepIndex] | None = None
 
     def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
         """Enter a step. None, or a plan with no adapters: every layer is the plain base layer."""
+        self._given = None
         if plan is None or plan.is_base_only:
             self._plan = self._snapshot = None
             return
@@ -61,6 +63,10 @@ class StepContext:
             self._indices = {}
             self._indexed = plan
         self._plan, self._snapshot = plan, snapshot
+
+    def begin_given(self, indices: Mapping[str, StepIndex]) -> None:
+        """Enter a step whose indices by path are made already."""
+        self._given = indices
 
     def _is_as_before(self, plan: StepPlan) -> bool:
         before = self._indexed
@@ -73,6 +79,8 @@ class StepContext:
 
     def index_of(self, path: str) -> StepIndex | None:
         """The projection's index for this step, made by the first layer of its group; None in a plain step."""
+        if self._given is not None:
+            return self._given[path]
         if self._plan is None:
             return None
         if self._snapshot is None:
@@ -163,6 +171,15 @@ class AdapterLayers:
         for path, layer in self.layers.items():
             layer.rows = bank.modules[path]
 
+    @property
+    def snapshot(self) -> BankSnapshot | None:
+        """The bank's, as a step that begins now would see it; None before `bind`."""
+        return None if self._bank is None else self._bank.snapshot
+
+    def begin_step_given(self, indices: Mapping[str, StepIndex]) -> None:
+        """`begin_step` for who looked every path's index up already."""
+        self._context.begin_given(indices)
+
     def begin_step(self, plan: StepPlan | None) -> None:
         """Call before every forward. The plan's slots stay acquired until the forward (and backward) is over."""
-        self._context.begin(plan, self._bank.snapshot if self._bank is not None else None)
+        self._context.begin(plan, self.snapshot)
