@@ -118,7 +118,7 @@ class AdapterLoader:
         self._on_change = on_change
 
     def request(self, version: AdapterVersion) -> Exception | None:
-        """Have a version loaded that a request waits for; no effect while it is being loaded already.
+        """Have a version loaded that a request waits for; no effect while it is being loaded, or kept for it, already.
 
         Returns the error of the load that failed since the last call, or shortly before it: then nothing is started,
         and the requests that wait should be told.
@@ -129,6 +129,8 @@ class AdapterLoader:
             if failure is not None:
                 failure.is_told = True
                 return failure.error
+            if version in self._claims:
+                return None  # it came since the request looked for it
             load = self._loads.get(version)
             if load is None:
                 self._enqueue(_Load(version, is_requested=True))
@@ -160,20 +162,23 @@ class AdapterLoader:
                     load.is_parked = False
                     self._enqueue(load)
 
-    def references_of_others(self) -> dict[AdapterVersion, int]:
-        """How often each adapter is held, not counting those kept for requests until `release_claims`.
+    @property
+    def claims(self) -> frozenset[AdapterVersion]:
+        """Adapters that were loaded for a request and are kept for it until `release_claims`, a reference each."""
+        with self._condition:
+            return frozenset(self._claims)
 
-        Consistent while loads end.
-        """
+    def references_of_others(self) -> dict[AdapterVersion, int]:
+        """How often each adapter is held, claims not counted. Consistent while loads end."""
         with self._condition:
             held = Counter(self._bank.references())
             held.subtract(self._claims)
         return {version: count for version, count in held.items() if count}
 
-    def release_claims(self) -> None:
-        """Every request that waits has had its chance to take a reference of its own."""
+    def release_claims(self, claims: frozenset[AdapterVersion]) -> None:
+        """Every request that waits has had its chance, since `claims` were read, to take a reference of its own."""
         with self._condition:
-            claims, self._claims = self._claims, set()
+            self._claims -= claims
         for version in claims:
             self._bank.release(version)
         if claims:
@@ -203,7 +208,7 @@ class AdapterLoader:
             self._condition.notify_all()
         for thread in self._threads:
             thread.join(timeout=1.0)
-        self.release_claims()
+        self.release_claims(self.claims)
 
     def _enqueue(self, load: _Load) -> None:
         self._loads[load.version] = load

@@ -195,8 +195,9 @@ class Engine:
                 self._end(sequence, FinishReason.ABORT)
 
     def _admit(self, now: float) -> None:
+        claims = self.loader.claims
         missing = self._scheduler.admit(now, self._starvation.closed)
-        self.loader.release_claims()
+        self.loader.release_claims(claims)
         for version in missing:
             error = self.loader.request(version)
             if error is not None:

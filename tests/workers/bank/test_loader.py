@@ -110,10 +110,27 @@ def test_what_was_loaded_for_a_request_stays_until_the_request_has_seen_it(
     assert bank.counters.evictions == 0
     seen = set(bank.references())
     while len(seen) < 6:
-        loader.release_claims()
+        loader.release_claims(loader.claims)
         eventually(lambda: len(bank.references()) > 0)
         seen |= bank.references().keys()
     assert not loader.references_of_others()
+
+
+def test_a_request_that_looked_too_early_gets_no_second_load(
+    loader: AdapterLoader, bank: AdapterBank, source: Source
+) -> None:
+    """Or two references would be taken, and one given back."""
+    before = loader.claims
+    loader.request(version(1))
+    eventually(lambda: loader.claims == {version(1)})
+    loader.release_claims(before)
+    loader.request(version(1))
+    loader.request(version(2))
+    eventually(lambda: version(2) in loader.claims)
+    assert source.fetched == [version(1), version(2)]
+    assert bank.references() == {version(1): 1, version(2): 1}
+    loader.release_claims(loader.claims)
+    assert bank.references() == {}
 
 
 def test_an_adapter_without_room_is_loaded_once_room_is_made(
