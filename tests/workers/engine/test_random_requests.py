@@ -208,6 +208,7 @@ def check(num_requests: int, num_again: int, seed: int) -> dict[str, object]:
     crowd = serve(engine, clock, list(wanted.values()), seed)
 
     # Nothing is left of anybody.
+    engine.loader.stop()  # which may have been loading for somebody who is gone
     assert engine.check_integrity()
     assert engine.bank.references() == {}
     load = engine.load()
