@@ -62,7 +62,8 @@ class Decoding:
     """A runner in the middle of decoding: BATCH sequences of CONTEXT tokens, each with an adapter of rank 1 or none."""
 
     def __init__(self, family: str | None, arithmetic: Arithmetic) -> None:
-        self.runner = NativeRunner(_random_base(), _settings(), arithmetic)
+        # Graphs are recorded here, of every side alike.
+        self.runner = NativeRunner(_random_base(), _settings(decode_graphs=False), arithmetic)
         self.bank = _bank(self.runner, BATCH)
         slots = [] if family is None else _load(self.bank, self.runner, family, BATCH)
         per_sequence = CONTEXT // _settings().kv_block_tokens + 1
@@ -176,7 +177,7 @@ def _random_base() -> LoadedBase:
     return LoadedBase(model, "0" * 64, Path("random weights"))
 
 
-def _settings() -> EngineSettings:
+def _settings(*, decode_graphs: bool = True) -> EngineSettings:
     return EngineSettings(
         base="random weights",
         base_id="random",
@@ -187,6 +188,7 @@ def _settings() -> EngineSettings:
         bank_rows=64,
         bank_slots=BATCH,
         prefix_cache=False,
+        decode_graphs=decode_graphs,
     )
 
 

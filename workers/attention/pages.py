@@ -56,7 +56,10 @@ class PageLayout:
             _TILE_WORDS * self.singles,
             _TILE_WORDS * self.tiles,
         ]
-        places, blocks, singles, tiles = torch.split(buffer, counts)
+        rooms = torch.split(buffer, [_aligned(count) for count in counts])
+        places, blocks, singles, tiles = (
+            room[:count] for room, count in zip(rooms, counts, strict=True)
+        )
         return PageStep(
             place_T=places.view(torch.int64),
             block_NB=blocks.view(self.sequences, self.blocks),
@@ -64,6 +67,11 @@ class PageLayout:
             tile_JS=tiles.view(-1, _TILE_WORDS),
             max_length=self.max_length,
         )
+
+
+def _aligned(words: int) -> int:
+    """Parts begin at 16 bytes each: kernels are compiled anew for addresses that are aligned otherwise."""
+    return -(-words // 4) * 4
 
 
 class PagedAttention:
@@ -250,7 +258,9 @@ class PagedAttention:
                     tile += 1
             token += span.num_new
         parts = (place_T.view(np.int32), block_NB, single_JS, tile_JS)
-        return np.concatenate([part.reshape(-1) for part in parts])
+        return np.concatenate(
+            [np.pad(part.reshape(-1), (0, _aligned(part.size) - part.size)) for part in parts]
+        )
 
     def _tiles_of(self, span: SequenceSpan) -> int:
         return 0 if span.num_new == 1 else -(-span.num_new // (self._tile_tokens or span.num_new))

@@ -33,7 +33,7 @@ from workers.kernels.outputs import (
 from workers.kernels.tiles import Tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dots_stride"])
 def _dot_add_rows(
     dots,
     dots_stride,

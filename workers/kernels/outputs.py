@@ -129,7 +129,8 @@ def write_outputs(
     )
 
 
-@triton.jit(do_not_specialize=["num_z_splits", "num_dot_splits"])
+# What differs from step to step is not compiled in: a new kernel takes a second.
+@triton.jit(do_not_specialize=["num_z_splits", "num_dot_splits", "dots_stride"])
 def _sum_rows(
     y,
     y_stride,

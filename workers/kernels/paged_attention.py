@@ -34,7 +34,8 @@ COLUMNS = tl.constexpr(len(TILE_COLUMNS))
 _LOG2_E = 1.4426950408889634
 
 
-@triton.jit
+# What differs from step to step is not compiled in: a new kernel takes a second.
+@triton.jit(do_not_specialize=["blocks_per_sequence", "chunk_tokens"])
 def _attend(
     output,
     part,
@@ -126,7 +127,7 @@ def _attend(
         tl.store(part_sum + row, sum_M, mask=in_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"])
 def _combine(
     output, part, part_max, part_sum, tile_JS, num_chunks, chunk_tokens,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,

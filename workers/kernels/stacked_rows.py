@@ -29,7 +29,7 @@ from workers.kernels.outputs import operand_type
 from workers.kernels.tiles import Tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _stacked_rows(
     z,
     z_stride,

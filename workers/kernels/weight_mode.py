@@ -39,7 +39,7 @@ from workers.kernels.tiles import Tiles
 _BLOCK_K = 16
 
 
-@triton.jit(do_not_specialize=["num_dot_splits"])
+@triton.jit(do_not_specialize=["num_dot_splits", "dots_stride"])
 def _weight_mode(
     y,
     y_stride,
