@@ -14,8 +14,11 @@ from torch import Tensor
 
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterVersion
+from workers.attention.pages import PagedAttention
 from workers.bank.bank import AdapterBank
 from workers.bank.pages import NUM_RESERVED
+from workers.kernels.tiles import attention_tile_tokens
+from workers.models.runner import SequenceSpan
 from workers.row_form.base_linear import DenseLinear
 from workers.row_form.cost import KERNEL_COST, CostModel
 from workers.row_form.reference import reference_product
@@ -114,26 +117,26 @@ class Mix:
 
     def added(self) -> tuple[Tensor, Tensor]:
         """What adapters add to each token, and the base's output, by definition."""
-        weight_OI, bias_O = self.layer.weight_OI.cpu(), self.layer.bias_O
-        bias_O = None if bias_O is None else bias_O.cpu()
-        pieces, start, x_TI = [], 0, self.x_TI.cpu()
+        weight_OI, bias_O = self.layer.weight_OI, self.layer.bias_O
+        bias_O = weight_OI.new_zeros(len(weight_OI)) if bias_O is None else bias_O
+        pieces, start = [], 0
         for count, who in self.segments:
-            x = x_TI[start : start + count]
+            x = self.x_TI[start : start + count]
             start += count
             base = reference_product(x, weight_OI, bias_O, None)
-            rows = None if who is None else _on_host(self.rows[who])
+            rows = None if who is None else self.rows[who]
             pieces.append((reference_product(x, weight_OI, bias_O, rows) - base, base))
         return torch.cat([one for one, _ in pieces]), torch.cat([one for _, one in pieces])
 
     def largest_error(self, cost: CostModel) -> float:
         """Per token, relative to what its adapter adds, where that is 1e-3 of the base's output or more."""
         wanted, base = self.added()
-        y = self.output(cost).cpu().double()
+        y = self.output(cost).double()
         bank = self.bank.modules["layer"]
         kept = bank.in_rows_NI.clone(), bank.out_rows_NO.clone()
         bank.in_rows_NI[NUM_RESERVED:] = 0
         bank.out_rows_NO[NUM_RESERVED:] = 0
-        nothing = self.output(cost).cpu().double()
+        nothing = self.output(cost).double()
         bank.in_rows_NI.copy_(kept[0])
         bank.out_rows_NO.copy_(kept[1])
         # Without rows an offset of 0 leaves nothing of the base; by definition it does too.
@@ -167,10 +170,55 @@ def check(device: torch.device, *, seeds: int, sizes: Sizes) -> list[str]:
             print(told, flush=True)
             if not error <= BOUND[dtype]:
                 wrong.append(told)
+        error = attention_error(seed, dtype, device, longest=20 * max(sizes.lengths))
+        told = f"seed {seed}, {dtype}, attention over pages: error {error:.2e}"
+        print(told, flush=True)
+        if not error <= BOUND[dtype]:
+            wrong.append(told)
         for mode, cost in (("row", ROW_MODE), ("weight", WEIGHT_MODE)):
             if mix.healthy_bits_change(cost):
                 wrong.append(f"seed {seed}, {mode} mode: a broken adapter reached its neighbours")
     return wrong
+
+
+def attention_error(seed: int, dtype: torch.dtype, device: torch.device, *, longest: int) -> float:
+    """The kernels beside torch over the same pages, relative to the largest output: prompts, then a token each."""
+    pick = random.Random(seed)
+    num_kv_heads, group, head_dim = pick.choice((1, 2, 8)), pick.choice((1, 4, 7)), 64
+    block_tokens = pick.choice((4, 16))
+    lengths = [pick.randint(1, longest) for _ in range(4)]
+    most = -(-(longest + 1) // block_tokens)
+    attention = PagedAttention(
+        num_layers=1,
+        num_slots=len(lengths),
+        num_kv_heads=num_kv_heads,
+        max_tokens_per_slot=longest + 1,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=device,
+        num_blocks=most * len(lengths),
+        block_tokens=block_tokens,
+        tile_tokens=attention_tile_tokens(group),
+    )
+    order = pick.sample(range(attention.num_blocks), attention.num_blocks)
+    blocks = [tuple(order[i * most : (i + 1) * most]) for i in range(len(lengths))]
+    generator = torch.Generator(device).manual_seed(seed)
+    largest = 0.0
+    for starts, counts in (([0] * len(lengths), lengths), (lengths, [1] * len(lengths))):
+        attention.begin_step(
+            [
+                SequenceSpan(i, start, count, blocks[i])
+                for i, (start, count) in enumerate(zip(starts, counts, strict=True))
+            ]
+        )
+        query, key, value = (
+            torch.randn(sum(counts), heads, head_dim, generator=generator, device=device).to(dtype)
+            for heads in (num_kv_heads * group, num_kv_heads, num_kv_heads)
+        )
+        arguments = (0, query, key, value, head_dim**-0.5)
+        ours, theirs = attention.attend(*arguments), attention.attend_with_torch(*arguments)
+        largest = max(largest, float((ours - theirs).abs().max() / theirs.abs().max()))
+    return largest
 
 
 def _rounded(rows: ModuleRows, dtype: torch.dtype) -> ModuleRows:
@@ -178,9 +226,4 @@ def _rounded(rows: ModuleRows, dtype: torch.dtype) -> ModuleRows:
     tensors = {name: tensor.to(dtype) for name, tensor in rows.tensors().items()}
     if rows.scale_O is not None:
         tensors["scale_O"] = 1 + (rows.scale_O.double() - 1).to(dtype).double()
-    return ModuleRows(offset=rows.offset, add_gate=rows.add_gate, **tensors)
-
-
-def _on_host(rows: ModuleRows) -> ModuleRows:
-    tensors = {name: tensor.cpu() for name, tensor in rows.tensors().items()}
     return ModuleRows(offset=rows.offset, add_gate=rows.add_gate, **tensors)
