@@ -82,7 +82,9 @@ class _Variant:
             _OWN_BIAS: (self.lora_bias, "the setting lora_bias is off"),
             _WRAPPED_BIAS: (
                 is_wrapped and self.bias != "none",
-                f"the setting bias={self.bias} saves it for no module without LoRA weights",
+                "the setting bias=none saves none"
+                if self.bias == "none"
+                else f"the setting bias={self.bias} saves it for no module without LoRA weights",
             ),
             _PLAIN_BIAS: (
                 not is_wrapped and self.bias == "all",
