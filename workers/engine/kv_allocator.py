@@ -84,29 +84,21 @@ class KvAllocator:
         return True
 
     def computed(self, sequence: Sequence, num_new: int) -> None:
-        """So many further tokens of a running sequence are in the cache; blocks that are full now may be found."""
-        if sequence.kv_slot is None:
-            raise ValueError(f"request {sequence.request.request_id} is not running")
-        self._slots.grow(sequence.kv_slot, num_new)
-        first = sequence.num_computed // self.block_tokens
-        sequence.num_computed += num_new
-        last = sequence.num_computed // self.block_tokens
-        if not self._prefix_cache or first == last:
-            return
-        keys = self._keys(sequence)
-        for number in range(first, last):
-            if self._blocks.index(sequence.blocks[number], keys[number]):
-                start = number * self.block_tokens
-                self._saves.append(KvCopy(sequence.blocks[number], sequence.kv_slot, start))
+        """So many further tokens of a running sequence are in the cache; what they fill of its prompt may be found."""
+        slot = _slot(sequence)
+        self._slots.grow(slot, num_new)
+        before, sequence.num_computed = sequence.num_computed, sequence.num_computed + num_new
+        self._index(sequence, before, min(sequence.num_computed, _prompt_tokens(sequence)))
 
     def release(self, sequence: Sequence) -> None:
         """Take all back from a running sequence; what it computed may be found as long as its place is not needed."""
-        if sequence.kv_slot is None:
-            raise ValueError(f"request {sequence.request.request_id} is not running")
+        slot = _slot(sequence)
+        # Its answer's blocks only now, all at once: copying each as it fills would burden decoding.
+        self._index(sequence, _prompt_tokens(sequence), sequence.num_computed)
         # The slot may be another's before these copies would have been made. Saves are made before anything else.
-        self._restores = [one for one in self._restores if one.kv_slot != sequence.kv_slot]
+        self._restores = [one for one in self._restores if one.kv_slot != slot]
         self._blocks.release(sequence.blocks)
-        self._slots.free(sequence.kv_slot)
+        self._slots.free(slot)
         sequence.blocks = []
         sequence.kv_slot = None
         sequence.num_computed = 0
@@ -150,6 +142,17 @@ class KvAllocator:
         usable = (sequence.num_tokens - 1) // self.block_tokens
         return self._blocks.lookup(keys[number] for number in range(usable))
 
+    def _index(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Let others find the blocks that end at tokens after `start`, up to `stop`."""
+        numbers = range(start // self.block_tokens, stop // self.block_tokens)
+        if not self._prefix_cache or not numbers:
+            return
+        keys, slot = self._keys(sequence), _slot(sequence)
+        for number in numbers:
+            if self._blocks.index(sequence.blocks[number], keys[number]):
+                copy = KvCopy(sequence.blocks[number], slot, number * self.block_tokens)
+                self._saves.append(copy)
+
     def _keys(self, sequence: Sequence) -> PrefixKeys:
         if sequence.prefix_keys is None:
             request = sequence.request
@@ -160,6 +163,15 @@ class KvAllocator:
 
     def _may_grow(self, sequence: Sequence) -> bool:
         # The last token of an answer is never stored.
-        request = sequence.request
-        most = len(request.prompt_token_ids) + request.sampling.max_tokens - 1
+        most = _prompt_tokens(sequence) + sequence.request.sampling.max_tokens - 1
         return len(sequence.blocks) < self._blocks.blocks_for(most)
+
+
+def _prompt_tokens(sequence: Sequence) -> int:
+    return len(sequence.request.prompt_token_ids)
+
+
+def _slot(sequence: Sequence) -> int:
+    if sequence.kv_slot is None:
+        raise ValueError(f"request {sequence.request.request_id} is not running")
+    return sequence.kv_slot
