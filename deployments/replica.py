@@ -16,18 +16,10 @@ from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
 from deployments.settings import Settings
 from storage.adapter_cache import AdapterCache
-from storage.config import StorageSettings
-from storage.registry import Registry
-from storage.stores import open_store
 from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
 from workers.models.loading import with_local_base
 from workers.threads import usable_cpus
-
-
-def open_cache(settings: StorageSettings) -> AdapterCache:
-    """The adapter cache of one engine, in whichever process that is."""
-    return AdapterCache(Registry(open_store(settings)), settings)
 
 
 def _node_cpus(node_id: str) -> float:
@@ -48,7 +40,7 @@ class EngineReplica:
         )
         engine = with_local_base(settings.engine, settings.storage)
         engine = engine.model_copy(update={"threads": threads})
-        self._client = build_client(engine, partial(open_cache, settings.storage))
+        self._client = build_client(engine, partial(AdapterCache.open, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
         Heartbeat(spec, self._report, self._obey).start()
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from storage.adapter_rows import AdapterRows
 from storage.config import StorageSettings
@@ -23,6 +23,7 @@ from storage.formats.peft import read_peft
 from storage.identity import AdapterVersion
 from storage.manifest import ManifestContent
 from storage.registry import Registry
+from storage.stores import open_store
 
 FAILURE_KEPT_S = 5.0
 """How long a version that exists but cannot be served is refused without looking again."""
@@ -61,6 +62,11 @@ class AdapterCache:
         self._host_bytes = 0
         self._loads: dict[AdapterVersion, Future[CachedAdapter]] = {}
         self._failures: dict[AdapterVersion, tuple[float, FloraError]] = {}
+
+    @classmethod
+    def open(cls, settings: StorageSettings) -> Self:
+        """Before the registry that the settings name. Raises StoreUnavailableError, InvalidRequestError."""
+        return cls(Registry(open_store(settings)), settings)
 
     def get(self, version: AdapterVersion) -> CachedAdapter:
         """An adapter's rows, bound to the base its manifest names. Blocks while it is read: not for a step thread.

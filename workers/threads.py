@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +40,17 @@ def use_threads(count: int) -> None:
     # Asked first, or this thread's first operator would ask, and take what another thread has set since.
     torch.get_num_threads()
     torch.set_num_threads(count)
+
+
+@contextmanager
+def computing_on(count: int) -> Iterator[None]:
+    """As `use_threads`, for a while."""
+    before = torch.get_num_threads()
+    use_threads(count)
+    try:
+        yield
+    finally:
+        use_threads(before)
 
 
 def _quotas(root: Path) -> Iterator[float]:

@@ -16,6 +16,7 @@ from workers.engine.process_client import ProcessEngineClient
 from workers.engine.thread_client import ThreadEngineClient
 from workers.models.building import build_runner
 from workers.models.loading import LoadedBase, load_base
+from workers.threads import computing_on, engine_threads
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +32,11 @@ def build_engine(
     Raises:
         InvalidRequestError, StoreUnavailableError: the base model cannot be loaded or served; says why.
     """
-    if base is None:
-        base = load_base(settings.base, torch_dtype(settings), torch_device(settings))
-    runner = build_runner(base, settings)
+    # What is measured at start must be measured on the threads that will step.
+    with computing_on(engine_threads(settings.threads)):
+        if base is None:
+            base = load_base(settings.base, torch_dtype(settings), torch_device(settings))
+        runner = build_runner(base, settings)
     settings = runner.settings
     _log.info("%s needs %s", settings.base_id, runner.memory)
     bank = AdapterBank(
