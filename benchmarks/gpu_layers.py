@@ -44,7 +44,7 @@ class AdaptedLayers:
     ) -> None:
         from workers.kernels.step_tables import index_for_kernels
 
-        self._layers = layers
+        self.layers = layers
         num_out, num_in = layers[0].weight_OI.shape
         names = [str(number) for number in range(len(layers))]
         self.bank = AdapterBank(
@@ -86,11 +86,11 @@ class AdaptedLayers:
             rows = self.bank.modules[name]
             return lambda: product(self.x_TI, layer, rows.in_rows_NI, rows.out_rows_NO, self.tables)
 
-        return [call(layer, str(number)) for number, layer in enumerate(self._layers)]
+        return [call(layer, str(number)) for number, layer in enumerate(self.layers)]
 
     @property
     def plain(self) -> list[Call]:
-        return plain(self._layers, len(self.x_TI))
+        return plain(self.layers, len(self.x_TI))
 
 
 def plain(layers: list[DenseLinear], tokens: int) -> list[Call]:
@@ -141,7 +141,7 @@ def _few_rows(rounds: int) -> list[Row]:
             {
                 "ours": side.ours,
                 "base": side.plain,
-                "floor": plain(side._layers, 128),
+                "floor": plain(side.layers, 128),
             },
             rounds,
         )
@@ -168,7 +168,7 @@ def _few_rows(rounds: int) -> list[Row]:
 def _many_rows(rounds: int) -> list[Row]:
     side = AdaptedLayers(weights(HIDDEN, HIDDEN), "flora", 8, adapters=64, tokens=64)
     times = replays(
-        {"ours": side.ours, "weights": side.plain, "rows": plain(side._layers, 64 * 9)}, rounds
+        {"ours": side.ours, "weights": side.plain, "rows": plain(side.layers, 64 * 9)}, rounds
     )
     floor = tuple(max(pair) for pair in zip(times["weights"], times["rows"], strict=True))
     return [
@@ -201,8 +201,8 @@ def _add_rows(rounds: int) -> list[Row]:
     side = AdaptedLayers(weights(HIDDEN, HIDDEN), "lora", rank, adapters=count, tokens=count)
     p_TIE, q_TEO = _normal(count, HIDDEN, rank), _normal(count, rank, HIDDEN)
     # As many different rows as our side reads, or the cache would hold the peer's.
-    p_more = [p_TIE, *(p_TIE.clone() for _ in side._layers[1:])]
-    q_more = [q_TEO, *(q_TEO.clone() for _ in side._layers[1:])]
+    p_more = [p_TIE, *(p_TIE.clone() for _ in side.layers[1:])]
+    q_more = [q_TEO, *(q_TEO.clone() for _ in side.layers[1:])]
 
     def grouped(layer: DenseLinear, p_TIE: Tensor, q_TEO: Tensor) -> Call:
         def run() -> Tensor:
@@ -214,7 +214,7 @@ def _add_rows(rounds: int) -> list[Row]:
     sides = {
         "ours": side.ours,
         "base": side.plain,
-        "bmm": [grouped(*parts) for parts in zip(side._layers, p_more, q_more, strict=True)],
+        "bmm": [grouped(*parts) for parts in zip(side.layers, p_more, q_more, strict=True)],
     }
     peer = _vllm_kernels(side, rank)
     if peer is not None:
@@ -247,7 +247,7 @@ def _vllm_kernels(side: AdaptedLayers, rank: int) -> list[Call] | None:
         return None
 
     tokens, num_in = side.x_TI.shape
-    num_out = side._layers[0].out_features
+    num_out = side.layers[0].out_features
     meta = LoRAKernelMeta.make(tokens, tokens, device=DEVICE)
     meta.prepare_tensors(torch.arange(tokens, dtype=torch.int32, device=DEVICE))
     arguments = meta.meta_args(tokens, False)
@@ -265,7 +265,7 @@ def _vllm_kernels(side: AdaptedLayers, rank: int) -> list[Call] | None:
 
         return run
 
-    return [call(layer) for layer in side._layers]
+    return [call(layer) for layer in side.layers]
 
 
 def _microseconds(name: str, times: Times) -> Row:

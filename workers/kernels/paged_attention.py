@@ -206,6 +206,7 @@ def attend_pages(
     chunk_tokens = CHUNK_TOKENS if tokens_per_tile == 1 else max_length
     num_chunks = triton.cdiv(max_length, chunk_tokens)
     is_single = num_chunks == 1
+    is_narrow = query_THD.itemsize <= 2  # float32 has no matrix unit, and needs twice the registers
     rows = query_THD.shape[0] * num_heads * num_chunks
     part = output_THD if is_single else output_THD.new_empty(rows, head_dim, dtype=torch.float32)
     maximum = output_THD if is_single else output_THD.new_empty(rows, dtype=torch.float32)
@@ -218,12 +219,12 @@ def attend_pages(
         HEAD_DIM=head_dim,
         BLOCK_TOKENS=block_tokens,
         BLOCK_M=max(16, triton.next_power_of_2(tokens_per_tile * group)),
-        BLOCK_L=64,
+        BLOCK_L=64 if is_narrow else 16,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         IS_SINGLE=is_single,
         OPERAND=operand_type(query_THD.dtype),
-        num_warps=4,
-        num_stages=3,
+        num_warps=4 if is_narrow else 8,
+        num_stages=3 if is_narrow else 2,
     )  # fmt: skip
     if not is_single:
         _combine[(len(tile_JS), num_heads)](

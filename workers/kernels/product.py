@@ -54,7 +54,7 @@ def adapted_product(
             tables.page_F,
             tables.weight_JC,
             tables.max_mul,
-            weight_tiles(WEIGHT_TILE_TOKENS, base.in_features, base.out_features),
+            weight_tiles(WEIGHT_TILE_TOKENS, base.in_features, base.out_features, x_TI.dtype),
         )
     return y_TO
 
@@ -85,7 +85,7 @@ def _rows(x_TI: Tensor, base: BaseLinear, in_rows_NI: Tensor, tables: StepTables
             base.dequantised_slice(slice(None), slice(None)),
             tables.row_token_R,
             tables.row_page_R,
-            stacked_tiles(len(tables.row_token_R), base.in_features, base.out_features),
+            stacked_tiles(len(tables.row_token_R), base.in_features, base.out_features, x_TI.dtype),
         )
     x_RI = x_TI if tables.rows_are_tokens else x_TI.index_select(0, tables.row_token_R)
     return base.matmul(x_RI)[None]

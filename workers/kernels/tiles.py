@@ -4,7 +4,9 @@ docstrings, not yet measured: `python -m benchmarks.gpu --tune` measures the alt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 NUM_PROCESSORS = 132
 """Of an H200 (and H100). A guide for splitting small products, not a limit."""
@@ -26,7 +28,7 @@ class Tiles:
         return -(-in_features // (self.splits * self.ins)) * self.ins
 
 
-def stacked_tiles(num_rows: int, in_features: int, out_features: int) -> Tiles:
+def stacked_tiles(num_rows: int, in_features: int, out_features: int, dtype: torch.dtype) -> Tiles:
     """For a few rows: wide enough that W0 is the most that is read, split until all processors read."""
     rows = min(128, max(16, _power_of_two(num_rows)))
     outs = 128 if out_features >= 1024 else 32
@@ -35,7 +37,8 @@ def stacked_tiles(num_rows: int, in_features: int, out_features: int) -> Tiles:
     # At least eight steps of a program's loop, or filling its pipeline costs as much as the work.
     most = max(1, in_features // (8 * ins))
     splits = max(1, min(most, 8, NUM_PROCESSORS // programs))
-    return Tiles(rows, outs, ins, splits, warps=8 if rows * outs > 64 * 128 else 4, stages=4)
+    warps = 8 if rows * outs > 64 * 128 else 4
+    return _fitted(Tiles(rows, outs, ins, splits, warps, stages=4), dtype)
 
 
 def dot_tiles(num_tiles: int, tile_tokens: int, in_features: int) -> Tiles:
@@ -53,10 +56,20 @@ def sum_tiles(tile_tokens: int, out_features: int) -> Tiles:
     return Tiles(tile_tokens, wide if out_features >= 1024 else 32, 16)
 
 
-def weight_tiles(tile_tokens: int, in_features: int, out_features: int) -> Tiles:
+def weight_tiles(
+    tile_tokens: int, in_features: int, out_features: int, dtype: torch.dtype
+) -> Tiles:
     """Large, because every program makes its own tile of the delta."""
     outs = 128 if out_features >= 1024 else 32
-    return Tiles(tile_tokens, outs, 64 if in_features >= 512 else 32, warps=8, stages=3)
+    ins = 64 if in_features >= 512 else 32
+    return _fitted(Tiles(tile_tokens, outs, ins, warps=8, stages=3), dtype)
+
+
+def _fitted(tiles: Tiles, dtype: torch.dtype) -> Tiles:
+    """float32 takes twice the shared memory, and products without the matrix unit more registers."""
+    if dtype.itemsize <= 2:
+        return tiles
+    return replace(tiles, outs=min(tiles.outs, 32), ins=32, warps=8, stages=2)
 
 
 def attention_tile_tokens(group: int) -> int:

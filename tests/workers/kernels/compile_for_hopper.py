@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -53,7 +54,9 @@ MULTIPLES = (
 )
 
 
-def compile_kernel(kernel: Any, tiles: Tiles, **constants: Any) -> dict[str, int]:
+def compile_kernel(
+    kernel: Any, tiles: Tiles, element: str = "bf16", **constants: Any
+) -> dict[str, int]:
     names = list(kernel.arg_names)
     at = {name: (names.index(name),) for name in names}
     types = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
@@ -89,7 +92,7 @@ def _spilled_bytes(ptx: str) -> int:
 
 def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
     for num_rows in (16, 128):
-        tiles = stacked_tiles(num_rows, HIDDEN, HIDDEN)
+        tiles = stacked_tiles(num_rows, HIDDEN, HIDDEN, torch.bfloat16)
         yield f"stacked rows, {num_rows}", lambda tiles=tiles: compile_kernel(
             _stacked_rows, tiles, weight_stride_i=1, BLOCK_R=tiles.rows, BLOCK_O=tiles.outs,
             BLOCK_I=tiles.ins, OPERAND=tl.bfloat16,
@@ -105,10 +108,25 @@ def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
             _dot_add_rows, tiles, BLOCK_T=tiles.rows, BLOCK_E=tiles.outs, BLOCK_I=tiles.ins,
             OPERAND=tl.bfloat16,
         )  # fmt: skip
-    tiles = weight_tiles(WEIGHT_TILE_TOKENS, HIDDEN, HIDDEN)
+    tiles = weight_tiles(WEIGHT_TILE_TOKENS, HIDDEN, HIDDEN, torch.bfloat16)
     yield "weight mode", lambda tiles=tiles: compile_kernel(
         _weight_mode, tiles, weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True, IS_APART=False, NUM_K=1,
         BLOCK_T=tiles.rows, BLOCK_O=tiles.outs, BLOCK_I=tiles.ins, BLOCK_K=16, OPERAND=tl.bfloat16,
+    )  # fmt: skip
+    wide = stacked_tiles(128, HIDDEN, HIDDEN, torch.float32)
+    yield "stacked rows, float32", lambda: compile_kernel(
+        _stacked_rows, wide, "fp32", weight_stride_i=1, BLOCK_R=wide.rows, BLOCK_O=wide.outs,
+        BLOCK_I=wide.ins, OPERAND=tl.float32,
+    )  # fmt: skip
+    large = weight_tiles(WEIGHT_TILE_TOKENS, HIDDEN, HIDDEN, torch.float32)
+    yield "weight mode, float32", lambda: compile_kernel(
+        _weight_mode, large, "fp32", weight_stride_i=1, HAS_BIAS=True, HAS_DOTS=True,
+        IS_APART=True, NUM_K=4, BLOCK_T=large.rows, BLOCK_O=large.outs, BLOCK_I=large.ins,
+        BLOCK_K=16, OPERAND=tl.float32,
+    )  # fmt: skip
+    yield "attention, float32", lambda: compile_kernel(
+        _attend, Tiles(1, 1, 1, warps=8, stages=2), "fp32", NUM_K=8, NUM_G=4, BLOCK_TOKENS=16,
+        BLOCK_M=64, BLOCK_L=16, IS_SINGLE=True, OPERAND=tl.float32, HEAD_DIM=128, BLOCK_D=128,
     )  # fmt: skip
     plain = Tiles(1, 1, 1)
     heads = {"HEAD_DIM": 128, "BLOCK_D": 128}
