@@ -197,6 +197,7 @@ def test_adapters_that_do_not_all_fit_are_loaded_and_evicted_as_they_are_asked_f
     until(lambda: sum(each["evictions"] for each in served.state()["replicas"]) > 0, "an eviction")
     for replica in served.state()["replicas"]:
         assert replica["rows_used"] <= replica["rows"] == rows
+        assert replica["threads"] >= 1
 
 
 def test_requests_go_where_their_adapter_lies(served: Served) -> None:

@@ -37,7 +37,7 @@ from workers.engine.process_messages import (
     Submit,
 )
 from workers.engine.request import EngineRequest, FinishReason, StepOutputs
-from workers.engine.validation import RequestLimits, validate_request
+from workers.engine.validation import validate_request
 from workers.threads import engine_threads
 
 # The child ends its step and its loads within this, or is killed.
@@ -70,17 +70,18 @@ class ProcessEngineClient:
         self._owed = OwedAnswers()
         self._is_stopping = False
         self._is_gone = False
-        self._report = Report(EngineLoad(), is_alive=True)
         self._on_step: Callable[[StepOutputs], None] | None = None
         self._pipe, theirs = Pipe()
         self._process = _spawn(theirs, settings)
         try:
-            self._limits = self._begin(make_tiers)
+            ready = self._begin(make_tiers)
         except BaseException:
             self._process.kill()
             self._process.wait()
             self._pipe.close()
             raise
+        self._limits = ready.limits
+        self._report = Report(ready.load, is_alive=True)
         self._heard_s = clock()
         self._writer = PipeWriter(self._pipe)
         self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
@@ -141,7 +142,7 @@ class ProcessEngineClient:
         self._reader.join(STOP_WITHIN_S)
         self._writer.close(within_s=1.0)
 
-    def _begin(self, make_tiers: Callable[[], AdapterTiers]) -> RequestLimits:
+    def _begin(self, make_tiers: Callable[[], AdapterTiers]) -> Ready:
         """Tell the child what to be, and wait until it is."""
         log_level = logging.getLogger().getEffectiveLevel()
         self._pipe.send(Start(self._settings, make_tiers, log_level))
@@ -154,7 +155,7 @@ class ProcessEngineClient:
             raise answer.error
         if not isinstance(answer, Ready):
             raise TypeError(f"the engine's process began with {answer!r}")
-        return answer.limits
+        return answer
 
     def _read(self) -> None:
         try:

@@ -77,7 +77,7 @@ class EngineProcess:
             return None
         self._client = client = ThreadEngineClient(engine, tiers)
         client.start(lambda outputs: self._writer.put(portable(outputs)))
-        self._writer.put(Ready(engine.limits))
+        self._writer.put(Ready(engine.limits, client.load()))
         return client
 
     def _obey(self) -> None:

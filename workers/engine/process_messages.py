@@ -58,6 +58,7 @@ class Ready:
     """The engine steps from now on."""
 
     limits: RequestLimits
+    load: EngineLoad
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,7 @@ def test_what_the_engine_says_is_heard_where_we_are_heard(
     tiny_llama_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     client = ProcessEngineClient(small_settings(tiny_llama_dir), Talk(tiny_llama_dir))
+    assert client.load().bank_rows == 64, "what it can hold is known from the start"
     client.stop()
     heard = capfd.readouterr()
     assert "on stdout" in heard.out
