@@ -31,8 +31,8 @@ from benchmarks.results_file import Row, Side, own_side, print_rows, write_resul
 from benchmarks.workload import Batch
 from cli.local_cluster import start_cluster
 from cli.serving import deploy_on, logical_cpus
-from deployments.replica import open_cache
 from deployments.settings import Settings
+from storage.adapter_cache import AdapterCache
 from storage.config import StorageSettings
 from workers.config import EngineSettings
 from workers.engine.building import build_client
@@ -51,7 +51,7 @@ class InProcess:
     """An engine behind its client, as a replica has it."""
 
     def __init__(self, settings: Settings) -> None:
-        self._client = build_client(settings.engine, partial(open_cache, settings.storage))
+        self._client = build_client(settings.engine, partial(AdapterCache.open, settings.storage))
         self._changed = threading.Condition()
         self._answers: dict[str, list[int]] = {}
         self._left: set[str] = set()
