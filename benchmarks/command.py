@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.results_file import use_cores
 from workers.config import EngineSettings
+from workers.large_pages import with_large_pages
 
 
 def parser_of(doc: str | None, *, rounds: int) -> argparse.ArgumentParser:
@@ -27,8 +30,14 @@ def add_runner(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; from now on this process computes with `--threads` threads on as many cores."""
+    """The command line; from now on this process computes with `--threads` threads on as many cores.
+
+    Begins the process anew where it was begun without the large pages that served engines have.
+    """
     arguments = parser.parse_args()
+    environment = with_large_pages(os.environ)
+    if environment != dict(os.environ):
+        os.execve(sys.executable, sys.orig_argv, environment)
     use_cores(arguments.threads)
     arguments.base = arguments.base.expanduser()
     return arguments

@@ -26,6 +26,7 @@ import psutil
 
 from cli.interrupts import kept_handlers
 from storage.errors import OverloadedError
+from workers.large_pages import with_large_pages
 
 # A Unix socket's path may have 107 bytes; Ray adds about 70 to its temporary directory.
 _LONGEST_TEMP_PARENT = 20
@@ -179,7 +180,7 @@ def _start_in(
             stdout=log,
             stderr=log,
             cwd=directory,
-            env={**_head_environment(token_file), **variables},
+            env=with_large_pages({**_head_environment(token_file), **variables}),
             start_new_session=True,
             preexec_fn=None if outlives_caller or sys.platform != "linux" else _end_with_parent,
         )

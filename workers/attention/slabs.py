@@ -158,7 +158,7 @@ class SlabAttention:
             self._loops.keep(
                 key_TKD, value_TKD, self._slot_T, self._position_T, keys_SKMD, values_SKMD
             )
-        output_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype, device=query_THD.device)
+        output_THD = query_THD.new_empty(query_THD.shape)
         num_kv_heads, head_dim = key_TKD.shape[1:]
         group = query_THD.shape[1] // num_kv_heads
         # decode

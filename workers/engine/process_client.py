@@ -38,6 +38,7 @@ from workers.engine.process_messages import (
 )
 from workers.engine.request import EngineRequest, FinishReason, StepOutputs
 from workers.engine.validation import validate_request
+from workers.large_pages import with_large_pages
 from workers.threads import engine_threads
 
 # The child ends its step and its loads within this, or is killed.
@@ -193,7 +194,7 @@ class ProcessEngineClient:
 
 def _spawn(pipe: Connection, settings: EngineSettings) -> subprocess.Popen[bytes]:
     """A child that holds the only open end of `pipe` besides ours. Its output goes where ours goes."""
-    environment = dict(os.environ)
+    environment = with_large_pages(os.environ)
     # The child finds the same modules as we do, wherever we run.
     environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
     environment["OMP_NUM_THREADS"] = str(engine_threads(settings.threads))

@@ -63,12 +63,12 @@ class JointLinear:
             z = self._joint.matmul(x_TI)
             if self._joint.bias_O is not None:
                 z += self._joint.bias_O
-            return torch.split(z, self._sizes, dim=1)
+            return torch.split_with_sizes(z, self._sizes, dim=1)
         if self._epilogue is None or any(
             index is not None and index.has_mul_rows for index in indices
         ):
             return tuple(layer(x_TI) for layer in self._layers)
-        parts = torch.split(self._joint.matmul(x_TI), self._sizes, dim=1)
+        parts = torch.split_with_sizes(self._joint.matmul(x_TI), self._sizes, dim=1)
         for layer, index, z_TO in zip(self._layers, indices, parts, strict=True):
             if index is not None and layer.rows is not None:
                 self._epilogue.finish(x_TI, z_TO, layer.base, layer.rows, index)
