@@ -140,13 +140,22 @@ class Mix:
         nothing = self.output(cost).double()
         bank.in_rows_NI.copy_(kept[0])
         bank.out_rows_NO.copy_(kept[1])
-        # Without rows an offset of 0 leaves nothing of the base; by definition it does too.
-        nothing = torch.where((nothing == 0).all(1, keepdim=True), base, nothing)
+        # Without rows an offset of 0 leaves nothing of the base product; what it adds is told from the base itself.
+        nothing = torch.where(self._has_offset_0().to(base.device)[:, None], base, nothing)
         counts = wanted.norm(dim=1) >= 1e-3 * base.norm(dim=1)
         if not counts.any():
             return 0.0
         error = (y - nothing - wanted).norm(dim=1) / wanted.norm(dim=1)
         return float(error[counts].max())
+
+    def _has_offset_0(self) -> Tensor:
+        """Which tokens the base product does not enter."""
+        of_token = [
+            who is not None and self.rows[who].offset == 0
+            for count, who in self.segments
+            for _ in range(count)
+        ]
+        return torch.tensor(of_token)
 
     def healthy_bits_change(self, cost: CostModel) -> bool:
         """Whether the first adapter, broken, reaches any token that is not its own."""

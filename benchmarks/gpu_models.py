@@ -83,7 +83,7 @@ class Decoding:
         )
 
     def eager(self) -> None:
-        """A whole step: plan looked up, tables sent, model run."""
+        """A whole step as while the same sequences decode: tables known, model run."""
         self.runner.forward(self._step)
 
     def graph(self) -> Callable[[], None]:
@@ -226,7 +226,9 @@ def _load(bank: AdapterBank, runner: NativeRunner, family: str, count: int) -> l
 
 def _read_seconds(runner: NativeRunner, rounds: int) -> list[float]:
     """What reading every weight once would take at the rate of a large copy, which reads and writes."""
-    num_bytes = sum(weight.nbytes for weight in runner._model.parameters())
+    projections = sum(layer.weight.nbytes for layer in runner._layers.layers.values())
+    # The rest is what is not a projection: embedding, norms; a head of its own.
+    num_bytes = projections + sum(weight.nbytes for weight in runner._model.parameters())
     source = torch.empty(1 << 30, dtype=torch.int32, device=DEVICE)
     target = torch.empty_like(source)
     taken = in_turns({"copy": lambda: target.copy_(source)}, rounds)["copy"]

@@ -18,13 +18,16 @@ import torch
 from benchmarks.command import parse, parser_of
 from benchmarks.own_engine import OwnEngine
 from benchmarks.results_file import Lever, Row, own_side, print_rows, write_result
+from benchmarks.unpatched import PlainLinear
 from benchmarks.workload import Batch, Family, random_adapter
 from storage.adapter_rows import AdapterRows
 from storage.base_checkpoint import read_base_facts
 from storage.identity import AdapterVersion, sha256_hex
 from workers.config import EngineSettings
 from workers.models.hf import HfRunner
-from workers.row_form.base_linear import DenseLinear
+from workers.models.native.runner import NativeRunner
+from workers.row_form.adapted_product import adapted_product
+from workers.row_form.base_linear import DenseLinear, serving_linear
 
 CLAIM = "What was done for speed on CPU brings what it was done for."
 SEED = 0
@@ -38,17 +41,22 @@ LOADS: Mapping[str, tuple[Family, int] | None] = {
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One way to build the engine."""
+    """One way to build the engine.
+
+    `torch_rows`: adapters' rows by torch's operations, whatever else is compiled.
+    """
 
     runner: str
     compiled: bool
     packed: bool
+    torch_rows: bool = False
 
 
 BUILDS = {
     "plain": Build("hf", compiled=False, packed=False),
     "packed": Build("hf", compiled=False, packed=True),
     "native": Build("native", compiled=False, packed=True),
+    "torch rows": Build("native", compiled=True, packed=True, torch_rows=True),
     "all": Build("native", compiled=True, packed=True),
 }
 
@@ -68,8 +76,8 @@ CHANGES = (
     Change("base weights packed for the matrix unit", "plain", "packed", "base", 1.3),
     Change("native decoder, q/k/v as one product", "packed", "native", "base", 1.1),
     Change("compiled loops: norms, rotary, silu, attention, argmax", "native", "all", "base", 1.5),
-    Change("compiled loops: mul rows", "native", "all", "16 FLoRA r1", 1.8),
-    Change("compiled loops: add rows", "native", "all", "16 LoRA r8", 1.8),
+    Change("compiled loops: mul rows", "torch rows", "all", "16 FLoRA r1", 1.8),
+    Change("compiled loops: add rows", "torch rows", "all", "16 LoRA r8", 1.8),
     Change("all of them", "plain", "all", "base", 2.0),
 )
 
@@ -91,9 +99,22 @@ def build_engine(
         ),
         adapters,
     )
-    if not build.packed and isinstance(side.engine.runner, HfRunner):
-        for layer in side.engine.runner._layers.layers.values():
+    runner = side.engine.runner
+    if not isinstance(runner, HfRunner):
+        raise TypeError(f"it is not known where {type(runner).__name__} keeps its layers")
+    layers = runner._layers.layers.values()
+    if not build.packed:
+        for layer in layers:
             layer.base = DenseLinear(layer.weight, layer.base.bias_O)
+    elif build.runner == "hf":
+        # The native runner's head is packed; this one's is transformers' own.
+        head = runner._model.get_output_embeddings()
+        runner._model.set_output_embeddings(PlainLinear(serving_linear(head.weight)))
+    if build.torch_rows and isinstance(runner, NativeRunner):
+        for layer in layers:
+            layer._context.product = adapted_product
+        for block in runner._decoder._layers:
+            block.query_key_value._epilogue = None
     return side
 
 
@@ -123,12 +144,14 @@ def measure(
         for side in sides.values():
             for load in LOADS:
                 side.run(batch.prompts(-1), users[load], batch.warm_up_tokens)
+        order = list(sides)
         for number in range(rounds):
             prompts = batch.prompts(SEED + number)
             for load in LOADS:
-                for name, side in sides.items():
-                    answered = side.run(prompts, users[load], batch.answer_tokens)
+                for name in order:
+                    answered = sides[name].run(prompts, users[load], batch.answer_tokens)
                     speed.setdefault((name, load), []).append(answered.tokens_per_s)
+                order = [*order[1:], order[0]]
             print(f"round {number}", flush=True)
     finally:
         for side in sides.values():

@@ -190,12 +190,13 @@ def _ia3_side(path: str, shape: tuple[int, int]) -> int:
 
 
 def _ia3(path: str, num_in: int, num_out: int) -> ModuleRows:
-    vector = torch.ones(1, _ia3_side(path, (num_in, num_out)), dtype=DTYPE)
+    """As its reader makes it."""
+    vector = torch.ones(_ia3_side(path, (num_in, num_out)), dtype=DTYPE)
     if not vector.numel():
         return ModuleRows()
     if path.endswith("down_proj"):
-        return ModuleRows(mul_b_RI=vector, offset=0)
-    return ModuleRows(mul_a_RO=vector, offset=0)
+        return ModuleRows(mul_b_RI=vector[None] - 1)
+    return ModuleRows(scale_O=vector, bias_scale_O=vector)
 
 
 def _resident_bytes() -> int:

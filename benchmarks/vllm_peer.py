@@ -6,7 +6,6 @@ goes to stdout; vLLM's own words go to stderr.
     {"op": "load", "base": DIR, "adapters": {NAME: PEFT DIR}}   → {"threads", "cpus", "versions"}
     {"op": "run", "requests": [[PROMPT TOKENS, NAME or null]], "answer_tokens": N}
                                                                 → {"seconds", "answers": [[TOKENS]]}
-    {"op": "quit"}
 
 Without adapters vLLM compiles its model; with adapters it does not, so a load without them is its fastest base model.
 Everything that is not a size is vLLM's default.
@@ -104,8 +103,6 @@ def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
         op = order.pop("op")
-        if op == "quit":
-            break
         answer = peer.load(**order) if op == "load" else peer.run(**order)
         print(json.dumps(answer), file=answers, flush=True)
 

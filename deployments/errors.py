@@ -10,6 +10,7 @@ from storage.errors import (
     AdapterRefusedError,
     BaseMismatchError,
     CapacityError,
+    EngineLostError,
     FloraError,
     InvalidRequestError,
     OverloadedError,
@@ -59,7 +60,7 @@ class RequestTimeoutError(OverloadedError):
     code = "request_timeout"
 
 
-class ReplicaLostError(OverloadedError):
+class ReplicaLostError(EngineLostError):
     """The replica that was answering is gone. Another one may answer, if the client has seen nothing yet."""
 
     code = "replica_lost"

@@ -13,10 +13,10 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from deployments.answer_text import AnswerText, Delta
-from deployments.errors import ReplicaLostError, RequestTimeoutError, WrongAdapterError
+from deployments.errors import RequestTimeoutError, WrongAdapterError
 from deployments.gateway import EngineGateway, ReplicaOutputs
 from deployments.text import PromptText, TextCodec
-from storage.errors import FloraError
+from storage.errors import EngineLostError, FloraError
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput
 
 
@@ -63,15 +63,15 @@ class Generation:
                 # The engine keeps the deadline of what it has; here nobody may have it yet.
                 async with asyncio.timeout(self._seconds_left()):
                     first = await anext(self._stream, None)
-            except ReplicaLostError as error:
+                if first is None:
+                    raise FloraError("the engine gave no answer")
+                _check_adapters(self.request, first)
+                _raise_refusal(first.outputs[0])
+            except EngineLostError as error:
                 self._retry_or_raise(error)
                 continue
             except TimeoutError:
                 raise RequestTimeoutError("no replica began an answer in time") from None
-            if first is None:
-                raise FloraError("the engine gave no answer")
-            _check_adapters(self.request, first)
-            _raise_refusal(first.outputs[0])
             self._first = first
         self.replica_id = self._first.replica_id
         self.adapter_tier = self._first.outputs[0].adapter_tier
@@ -96,7 +96,7 @@ class Generation:
             try:
                 await self.start()
                 deltas = [delta async for delta in self.deltas()]
-            except ReplicaLostError as error:
+            except EngineLostError as error:
                 self._retry_or_raise(error)
                 self.num_tokens = 0
                 continue
@@ -115,7 +115,7 @@ class Generation:
         deadline_s = self.request.deadline_s
         return None if deadline_s is None else max(0.0, deadline_s - time.time())
 
-    def _retry_or_raise(self, error: ReplicaLostError) -> None:
+    def _retry_or_raise(self, error: EngineLostError) -> None:
         if not self._may_retry:
             raise error
         self._may_retry = False

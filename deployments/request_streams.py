@@ -77,7 +77,8 @@ class RequestStreams:
                 is_over = outputs[-1].finish_reason is not None
                 yield self._batch(*outputs)
         finally:
-            self._inboxes.pop(request.request_id, None)
+            if self._inboxes.get(request.request_id) is inbox:
+                del self._inboxes[request.request_id]
             if not is_over:
                 self._client.abort(request.request_id)
 

@@ -50,6 +50,7 @@ class TextCodec:
         config = load_config(settings.base)
         own_limit = getattr(config, "max_position_embeddings", None)
         context = min(settings.max_sequence_tokens, own_limit or settings.max_sequence_tokens)
+        context = min(context, settings.kv_blocks * settings.kv_block_tokens)
         return cls(load_tokenizer(settings.base), context)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

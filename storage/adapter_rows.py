@@ -89,7 +89,10 @@ class ModuleRows:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors().values())
+        """A tensor with two meanings (IA3's vector) counts once."""
+        return sum(
+            {tensor.data_ptr(): tensor.nbytes for tensor in self.tensors().values()}.values()
+        )
 
 
 @dataclass(frozen=True, slots=True)

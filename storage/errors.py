@@ -92,6 +92,12 @@ class OverloadedError(FloraError):
     retry_after_s: ClassVar[int] = 1
 
 
+class EngineLostError(OverloadedError):
+    """The engine that had the request, or should have taken it, is gone. Another one may answer."""
+
+    code = "engine_lost"
+
+
 class StoreUnavailableError(FloraError):
     """The object store cannot be reached, or does not keep the promises the registry needs."""
 

@@ -1,7 +1,8 @@
-"""What an engine needs beside its weights, in bytes, and how one budget is divided. Pure numbers.
+"""What an engine keeps beside its weights, in bytes, and how one budget is divided. Pure numbers.
 
-The bank of adapter rows, the keys and values of tokens, and the scratch of weight mode are all of it: each has a size
-from the start, so an engine that has begun does not grow.
+The bank of adapter rows, the keys and values of tokens, and the scratch of weight mode: each has a size from the start.
+Not counted is what a step holds for a moment (activations and stacked rows of at most `max_step_tokens` tokens and
+`max_step_work` rows, logits, all of a prompt's where they were asked for) nor recorded graphs: leave room for them.
 """
 
 from __future__ import annotations

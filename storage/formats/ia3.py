@@ -31,12 +31,18 @@ def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
 
 def _module(module: ModuleTensors, feedforward: object) -> ReadModule:
     tensor, name = module.matrix(_PART), module.name(_PART)
-    l_1I_or_O1 = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
     if _is_input_side(module.path, tensor, name, feedforward):
-        return ReadModule(ModuleRows(mul_b_RI=l_1I_or_O1 - 1), {"mul_b_RI": name})
-    scale_O = l_1I_or_O1.flatten()
+        return ReadModule(ModuleRows(mul_b_RI=_less_one(tensor)), {"mul_b_RI": name})
+    scale_O = tensor.flatten()
     rows = ModuleRows(scale_O=scale_O, bias_scale_O=scale_O)
     return ReadModule(rows, {"scale_O": name, "bias_scale_O": name})
+
+
+def _less_one(l_1I: Tensor) -> Tensor:
+    """l − 1, in the type of l where that is exact (as it is from 0.5 on), else in float32."""
+    b_1I = l_1I.to(torch.promote_types(l_1I.dtype, torch.float32)) - 1
+    narrow_1I = b_1I.to(l_1I.dtype)
+    return narrow_1I if torch.equal(narrow_1I.to(b_1I.dtype), b_1I) else b_1I
 
 
 def _is_input_side(path: str, tensor: Tensor, name: str, feedforward: object) -> bool:

@@ -14,5 +14,7 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=dtype, device=device)
     # Fresh anonymous pages read as zero and cost nothing until written; torch.zeros would write them all.
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    # Private ones: reading a shared page that was never written spends it.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -6,6 +6,7 @@ query heads that share a key/value head stand as query rows of that head, so not
 Stale data never reaches a live sequence, by two rules. Masked positions are selected away with a bias of -inf, and
 what lies behind a sequence's last token is always zero (`_clear_behind`), because a masked probability of 0 still
 multiplies the value it masks, and 0 · inf is NaN. Different slots are different rows of a batch and never meet.
+Compiled loops read each sequence to its own end and no further, so with them nothing need be cleared.
 
 Shape legend: T tokens in the step, S slots of a run, H query heads, K key/value heads, G query heads per key/value
 head, M tokens a slot can hold, L tokens attended over, N new tokens of a span, D head dimension.
@@ -123,7 +124,9 @@ class SlabAttention:
             self._written[slot] = max(self._written[slot], num_tokens)
         self._check(spans)
         for span in spans:
-            self._clear_behind(span)
+            if self._loops is None:
+                self._clear_behind(span)
+            self._written[span.kv_slot] = self._held[span.kv_slot] = span.num_total
         starts, total = [], 0
         for span in spans:
             starts.append(total)
@@ -207,7 +210,6 @@ class SlabAttention:
         if stale.start < stale.stop:
             for slab_SKMD in (*self._keys_SKMD, *self._values_SKMD):
                 slab_SKMD[span.kv_slot, :, stale] = 0
-        self._written[span.kv_slot] = self._held[span.kv_slot] = span.num_total
 
     def _index_tokens(self, spans: Sequence[SequenceSpan], num_tokens: int) -> None:
         count = torch.tensor([span.num_new for span in spans], dtype=torch.int64)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -86,12 +86,12 @@ class AdapterBank:
         self._num_loads = 0
         self._wait_s = 0.0
         self._base_weight = base_weight
-        self._transfer = RowTransfer(device)
         pages = num_rows + NUM_RESERVED
         self.modules = {
             path: ModuleBank.empty(pages, shape, biases.get(path), dtype, device)
             for path, shape in projections.items()
         }
+        self._transfer = RowTransfer(device)  # after the zeros, which it lets no load overtake
         self._lock = threading.Lock()  # of the books; held for moments
         self._books = BankBooks(tuple(self.modules), num_rows=num_rows, num_slots=num_slots)
         # Tables follow one another in the order the books changed. Only loads and evictions wait for each other here.
@@ -185,7 +185,9 @@ class AdapterBank:
                 raise AdapterRefusedError(
                     f"{path} has a magnitude (DoRA), which only serving supports", param=path
                 )
-        layouts = {path: ModuleLayout.of(rows.modules.get(path)) for path in self.modules}
+        modules = {path: self.modules[path].effective(one) for path, one in rows.modules.items()}
+        rows = replace(rows, modules=modules)
+        layouts = {path: ModuleLayout.of(modules.get(path)) for path in self.modules}
         with self._lock:
             known = self._books.find(version)
             if known is not None and known.is_ready:

@@ -58,7 +58,6 @@ class GroupTable:
 
     mul: PageLists
     add: PageLists
-    offset_S: Tensor  # int64, 0 or 1
     add_gate_S: Tensor  # float32
     scale_page_S: Tensor  # int64, an output-side page, of c − 1
     bias_page_S: Tensor  # int64, an output-side page, of bias' − bias
@@ -72,17 +71,16 @@ class GroupTable:
         to_device: Callable[[Tensor], Tensor],
     ) -> GroupTable:
         """Of the slots in `pages`; the others change nothing."""
-        offset, gate = [1] * num_slots, [1.0] * num_slots
+        gate = [1.0] * num_slots
         scale, bias = [NULL_PAGE] * num_slots, [NULL_PAGE] * num_slots
         for slot, taken in pages.items():
-            offset[slot], gate[slot] = taken.layout.offset, taken.layout.add_gate
+            gate[slot] = taken.layout.add_gate
             scale[slot], bias[slot] = taken.scale, taken.bias
         mul = {slot: (taken.mul_in, taken.mul_out) for slot, taken in pages.items()}
         add = {slot: (taken.add_in, taken.add_out) for slot, taken in pages.items()}
         return cls(
             mul=PageLists.build(mul, num_slots, to_device),
             add=PageLists.build(add, num_slots, to_device),
-            offset_S=to_device(torch.tensor(offset)),
             add_gate_S=to_device(torch.tensor(gate, dtype=torch.float32)),
             scale_page_S=to_device(torch.tensor(scale)),
             bias_page_S=to_device(torch.tensor(bias)),
@@ -91,7 +89,7 @@ class GroupTable:
 
     def tensors(self) -> Iterator[Tensor]:
         """All that lies on the device."""
-        yield from (self.offset_S, self.add_gate_S, self.scale_page_S, self.bias_page_S)
+        yield from (self.add_gate_S, self.scale_page_S, self.bias_page_S)
         for lists in (self.mul, self.add):
             yield from (lists.first_S, lists.count_S, lists.in_page_F, lists.out_page_F)
 

@@ -178,10 +178,11 @@ class AdapterLoader:
     def release_claims(self, claims: frozenset[AdapterVersion]) -> None:
         """Every request that waits has had its chance, since `claims` were read, to take a reference of its own."""
         with self._condition:
-            self._claims -= claims
-        for version in claims:
+            mine = self._claims & claims  # `stop` may have given some back meanwhile
+            self._claims -= mine
+        for version in mine:
             self._bank.release(version)
-        if claims:
+        if mine:
             self.rows_freed()
 
     def waits_for_room(self, version: AdapterVersion) -> bool:
@@ -259,6 +260,7 @@ class AdapterLoader:
                     return
                 self._claims.add(load.version)
             del self._loads[load.version]
+            self._failures.pop(load.version, None)
 
     def _no_room(self, load: _Load, num_freed: int) -> None:
         with self._condition:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -42,6 +42,12 @@ class ModuleBank:
         in_rows_NI[ONES_PAGE] = 1
         out_rows_NO[ONES_PAGE] = 1
         return cls(in_rows_NI, out_rows_NO, bias_O)
+
+    def effective(self, rows: ModuleRows) -> ModuleRows:
+        """The rows without the scale of a bias that is not there."""
+        if rows.bias_scale_O is None or self.bias_O is not None:
+            return rows
+        return replace(rows, bias_scale_O=None)
 
     def check(self, path: str, rows: ModuleRows) -> None:
         """Raises AdapterRefusedError for a shape that is not the projection's, or a value that is not finite in the

@@ -22,6 +22,8 @@ class RowTransfer:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # What this thread computed so far, a bank's zeros among it, is not written over what will be copied.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self._steps: torch.cuda.Stream | None = None  # where steps were last seen to compute
 
     @contextmanager

@@ -72,6 +72,8 @@ class SlabLoops:
         values_SKMD: Tensor,
     ) -> None:
         """Write every token's key and value to its place."""
+        if not key_TKD.dtype == value_TKD.dtype == keys_SKMD.dtype:
+            raise TypeError(f"keys and values of {key_TKD.dtype} for a cache of {keys_SKMD.dtype}")
         key_TKD, value_TKD = _token_major(key_TKD), _token_major(value_TKD)
         num_tokens, kv_heads, size = key_TKD.shape
         self._keep(

@@ -43,6 +43,7 @@ class RowLoops:
     """Works on contiguous rows of float32 or bfloat16 on CPU, which is what banks and models hold."""
 
     def __init__(self, loops: CompiledLoops, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._stack = loops.function("stack_rows", dtype)
         self._combine = loops.function("combine_rows", dtype)
         # By the address of a layer's rows. An index lives as long as its entry, so addresses in it stay good.
@@ -57,6 +58,8 @@ class RowLoops:
         index: ModuleIndex,
     ) -> Tensor:
         """The layer's output_TO, bias included, in the type of `x_TI`."""
+        if x_TI.dtype != self._dtype or x_TI.stride(1) != 1:
+            raise TypeError(f"{self._dtype} in contiguous rows is compiled, not {x_TI.dtype}")
         step, address = self._step(base, in_rows_NI, out_rows_NO, index)
         x, x_stride = x_TI.data_ptr(), x_TI.stride(0)
         rows = x_TI

@@ -50,7 +50,7 @@ class EngineClient(Protocol):
         Raises:
             ContextLengthError: prompt plus max_tokens can never fit.
             InvalidRequestError: an empty prompt, an unknown token, or a request id that is in use.
-            OverloadedError: the engine is stopping.
+            EngineLostError: the engine is stopping or dead.
         """
 
     def abort(self, request_id: str) -> None:

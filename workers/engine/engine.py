@@ -175,7 +175,6 @@ class Engine:
         return StepOutputs(
             outputs=self._outbox.take(),
             num_tokens=sum(span.num_new for span in spans),
-            duration_s=self._clock() - start_s,
         )
 
     def check_integrity(self) -> bool:

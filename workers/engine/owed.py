@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from storage.errors import FloraError, InvalidRequestError
+from storage.errors import EngineLostError, InvalidRequestError
 from storage.identity import AdapterSet
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
 
@@ -29,7 +29,7 @@ class OwedAnswers:
         """A last output for everybody who is still owed one; afterwards nobody is."""
         error = None
         if reason is FinishReason.ERROR:
-            error = FloraError("the engine failed; the request may be sent again")
+            error = EngineLostError("the engine failed; the request may be sent again")
         adapters, self._adapters = self._adapters, {}
         return StepOutputs(
             tuple(

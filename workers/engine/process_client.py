@@ -18,7 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from storage.errors import FloraError, OverloadedError
+from storage.errors import EngineLostError, FloraError
 from storage.identity import AdapterVersion
 from workers.bank.loader import AdapterTiers
 from workers.config import EngineSettings
@@ -101,12 +101,12 @@ class ProcessEngineClient:
 
         Raises:
             ContextLengthError, InvalidRequestError: it can never be answered, or its id is in use.
-            OverloadedError: the engine is not started, stopping or dead.
+            EngineLostError: the engine is not started, stopping or dead.
         """
         validate_request(request, self._limits)
         with self._lock:
             if self._is_stopping or self._is_gone or self._on_step is None:
-                raise OverloadedError("this replica is shutting down; send the request again")
+                raise EngineLostError("this replica is shutting down; send the request again")
             self._owed.add(request)
             # Within the lock, or an abort from another thread could overtake it.
             self._writer.put(Submit(request))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import queue
 import threading
@@ -16,6 +17,8 @@ from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
 from workers.engine.request import EngineRequest, StepOutputs
 from workers.engine.validation import RequestLimits
+
+_log = logging.getLogger(__name__)
 
 # To the engine's process.
 
@@ -121,5 +124,9 @@ class PipeWriter:
         while (message := self._messages.get()) is not None:
             try:
                 self._pipe.send(message)
-            except (OSError, ValueError):
+            except OSError:
                 return  # the other side is gone: nobody is left to tell
+            except Exception:
+                _log.exception("a message cannot be sent; the connection ends")
+                self._pipe.close()
+                return

@@ -181,4 +181,3 @@ class StepOutputs:
 
     outputs: tuple[RequestOutput, ...]
     num_tokens: int = 0
-    duration_s: float = 0.0

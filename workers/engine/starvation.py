@@ -41,6 +41,8 @@ class StarvationRule:
         if not starving:
             self._closed.clear()
             return
+        # One that is evicted has given its room; closed for longer, its own requests would never be looked at.
+        self._closed &= work_left.keys()
         if is_trying or any(work_left.get(version) for version in self._closed):
             return
         candidates = [version for version in work_left if version not in self._closed]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from storage.errors import OverloadedError
+from storage.errors import EngineLostError
 from storage.identity import AdapterVersion
 from workers.bank.loader import AdapterTiers
 from workers.engine.client import EngineLoad
@@ -62,12 +62,12 @@ class ThreadEngineClient:
 
         Raises:
             ContextLengthError, InvalidRequestError: it can never be answered, or its id is in use.
-            OverloadedError: the engine is stopping or dead.
+            EngineLostError: the engine is stopping or dead.
         """
         self._engine.validate(request)
         with self._changed:
             if self._is_stopping or not self._thread.is_alive():
-                raise OverloadedError("this replica is shutting down; send the request again")
+                raise EngineLostError("this replica is shutting down; send the request again")
             self._owed.add(request)
             self._order(lambda: self._engine.submit(request))
 

@@ -98,6 +98,7 @@ class _Recording:
     layout: PageLayout
     token_ids_T: Tensor
     positions_T: Tensor
+    wanted_L: Tensor  # every token's logits
     pages: Tensor
     tables: list[Tensor]  # by group; empty where it is plain
     replay: Callable[[], Tensor]
@@ -195,6 +196,7 @@ class DecodeGraphs:
             layout=layout,
             token_ids_T=torch.zeros(shape.batch, dtype=torch.int64, device=self._device),
             positions_T=torch.zeros(shape.batch, dtype=torch.int64, device=self._device),
+            wanted_L=torch.arange(shape.batch, device=self._device),
             pages=torch.empty(0, dtype=torch.int32, device=self._device),
             tables=[],
             replay=_nothing,
@@ -250,7 +252,6 @@ class DecodeGraphs:
             )
             indices.append(replace(tables, num_dots=shape.batch * group.dots_per_token))
         page_step = recording.layout.views(recording.pages)
-        every = torch.arange(shape.batch, device=self._device)
 
         def run() -> Tensor:
             self._attention.step = page_step
@@ -266,7 +267,7 @@ class DecodeGraphs:
                         )
                     )
                 )
-            return self._logits(recording.token_ids_T, recording.positions_T, every)
+            return self._logits(recording.token_ids_T, recording.positions_T, recording.wanted_L)
 
         return self._recorder(run)
 

@@ -1,6 +1,7 @@
 """The seam between the engine and a model: one step in, logits out.
 
-Back ends: `hf` (any transformers causal model; the reference). The engine knows no other way to reach a model.
+Back ends: `hf` (any transformers causal model; the reference) and `native` (the Llama shape; the fast one).
+The engine knows no other way to reach a model.
 
 Shape legend: T tokens in the step, L positions whose logits are wanted, V vocabulary.
 """

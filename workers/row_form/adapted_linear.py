@@ -48,8 +48,8 @@ class StepContext:
         self.product = product
         self._plan: StepPlan | None = None
         self._snapshot: BankSnapshot | None = None
-        self._indices: dict[GroupTable, StepIndex] = {}  # of the plan `_indexed`
-        self._indexed: StepPlan | None = None
+        self._indices: dict[GroupTable, StepIndex] = {}  # of what `_indexed` says
+        self._indexed: tuple[StepPlan, BankSnapshot | None] | None = None
         self._given: Mapping[str, StepIndex] | None = None
 
     def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
@@ -58,20 +58,22 @@ class StepContext:
         if plan is None or plan.is_base_only:
             self._plan = self._snapshot = None
             return
-        # While the same sequences decode, step after step has the same index.
-        if not self._is_as_before(plan):
+        # While the same sequences decode and nothing is loaded, step after step has the same index.
+        if not self._is_as_before(plan, snapshot):
             self._indices = {}
-            self._indexed = plan
+            self._indexed = (plan, snapshot)
         self._plan, self._snapshot = plan, snapshot
 
     def begin_given(self, indices: Mapping[str, StepIndex]) -> None:
         """Enter a step whose indices by path are made already."""
         self._given = indices
 
-    def _is_as_before(self, plan: StepPlan) -> bool:
-        before = self._indexed
+    def _is_as_before(self, plan: StepPlan, snapshot: BankSnapshot | None) -> bool:
+        if self._indexed is None:
+            return False
+        before, before_snapshot = self._indexed
         return (
-            before is not None
+            before_snapshot is snapshot
             and before.runs == plan.runs
             and before.num_tokens == plan.num_tokens
             and before.device == plan.device
@@ -182,4 +184,6 @@ class AdapterLayers:
 
     def begin_step(self, plan: StepPlan | None) -> None:
         """Call before every forward. The plan's slots stay acquired until the forward (and backward) is over."""
-        self._context.begin(plan, self.snapshot)
+        has_adapters = plan is not None and not plan.is_base_only
+        # Only then: to look at the bank is to wait, on the device, for what was loaded into it.
+        self._context.begin(plan, self.snapshot if has_adapters else None)

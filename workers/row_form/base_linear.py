@@ -76,14 +76,17 @@ class PackedLinear(DenseLinear):
         )
 
     def matmul(self, x_TI: Tensor) -> Tensor:
-        num_rows = x_TI.numel() // self.in_features
+        if x_TI.dim() != 2:
+            y = self.matmul(x_TI.reshape(-1, self.in_features))
+            return y.view(*x_TI.shape[:-1], self.out_features)
+        num_rows = x_TI.shape[0]
         padded = padded_rows(num_rows)
         if padded == num_rows:
             return self._product(x_TI)
         # What stands in the rows behind does not matter: rows never meet.
         rows = x_TI.new_empty(padded, self.in_features)
-        rows[:num_rows] = x_TI.reshape(num_rows, self.in_features)
-        return self._product(rows)[:num_rows].view(*x_TI.shape[:-1], self.out_features)
+        rows[:num_rows] = x_TI
+        return self._product(rows)[:num_rows]
 
     def _product(self, x_TI: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(

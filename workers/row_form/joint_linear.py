@@ -25,7 +25,8 @@ class JointLinear:
     """q, k and v, or gate and up. mul rows have their own b per projection, so a step with such runs them apart.
 
     Args:
-        layers: share their input; their dense weights become views of one matrix, so nothing is held twice.
+        layers: share their input; their dense weights become views of one matrix, so those are not held twice. Packed
+            weights are: once for each layer, once for all.
         epilogue: None: a step with any adapter runs them apart.
     """
 

@@ -6,9 +6,11 @@ buffers cannot change an answer. Kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from storage.identity import AdapterVersion
 from tests.workers.engine.small_engine import random_adapter
 from tests.workers.models.test_hf import tiny
 from workers.attention import building
+from workers.attention.pages import PagedAttention
 from workers.bank.bank import AdapterBank
 from workers.config import EngineSettings
 from workers.models.arithmetic import kernel_arithmetic
@@ -32,6 +35,20 @@ CPU = torch.device("cpu")
 FLORA, OTHER, LORA, PART = (AdapterVersion(f"{number:064x}") for number in range(4))
 
 
+@contextmanager
+def nothing_live() -> Iterator[None]:
+    """A graph replays launches: nothing is looked up while it is recorded, nor when it is replayed."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a graph cannot look this up")
+
+    with (
+        mock.patch.object(AdapterBank, "snapshot", property(refuse)),
+        mock.patch.object(PagedAttention, "begin_step", refuse),
+    ):
+        yield
+
+
 class Again:
     """Counts recordings and replays."""
 
@@ -43,7 +60,8 @@ class Again:
 
         def replay() -> Tensor:
             self.replayed += 1
-            return run()
+            with nothing_live():
+                return run()
 
         return replay
 

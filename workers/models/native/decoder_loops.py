@@ -14,7 +14,10 @@ from torch.nn import functional
 
 
 class DecoderLoops(Protocol):
-    """Rounds where transformers' Llama rounds, so that both runners answer alike. Last dimensions are contiguous."""
+    """Rounds where transformers' Llama rounds, or less often, so that both runners answer alike.
+
+    Last dimensions are contiguous, tokens of a residual too.
+    """
 
     def add_rms_norm(
         self, residual_TH: Tensor, x_TH: Tensor | None, weight_H: Tensor, epsilon: float
