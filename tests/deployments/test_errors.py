@@ -34,6 +34,7 @@ STATUS = {
     "StoreUnavailableError": 503,
     "OverloadedError": 503,
     "NotLocalError": 401,
+    "EngineLostError": 503,
     "ReplicaLostError": 503,
     "RequestTimeoutError": 503,
     "WrongAdapterError": 500,

@@ -15,7 +15,7 @@ from deployments.errors import ReplicaLostError, RequestTimeoutError, WrongAdapt
 from deployments.gateway import ReplicaOutputs
 from deployments.generation import Generation
 from deployments.text import TextCodec
-from storage.errors import AdapterCorruptError, FloraError
+from storage.errors import AdapterCorruptError, EngineLostError, FloraError
 from storage.identity import AdapterSet, AdapterVersion
 from workers.config import EngineSettings
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
@@ -102,6 +102,21 @@ def test_a_request_without_a_token_is_sent_once_more_when_its_replica_dies(
     first, second = gateway.requests
     assert first.request_id != second.request_id
     assert first.prompt_token_ids == second.prompt_token_ids
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_engine_that_dies_in_a_living_replica_is_a_lost_one(
+    codec: TextCodec, is_whole: bool
+) -> None:
+    last_words = output(reason=FinishReason.ERROR, error=EngineLostError("gone"))
+    before = [output(40)] if is_whole else []
+    gateway = ScriptedGateway([*before, last_words], [output(41, reason=FinishReason.LENGTH)])
+    one = generation(codec, gateway)
+    if is_whole:
+        assert asyncio.run(one.text()) == Delta(codec.decode([41]), "length")
+    else:
+        assert asyncio.run(streamed(one)) == [Delta(codec.decode([41]), "length")]
+    assert len(gateway.requests) == 2
 
 
 def test_it_is_sent_once_more_and_not_for_ever(codec: TextCodec) -> None:
