@@ -66,6 +66,7 @@ def _checks(storage: StorageSettings) -> Iterator[Check]:
         _memory,
         _disk,
         _accelerator,
+        _compiler,
         _base,
         lambda: _registry(storage),
         _cluster,
@@ -119,6 +120,16 @@ def _accelerator() -> Check:
         fix = "install the torch build for this driver: its own site says which"
         return Check("gpu", False, "there is one, but this torch cannot use it", fix)
     return Check("gpu", None, "none; everything runs on the CPU")
+
+
+def _compiler() -> Check:
+    """Loops for the CPU are compiled with it at first use; a GPU's kernels need it too."""
+    from workers.compiled.library import compiled_loops
+
+    if compiled_loops() is not None:
+        return Check("compiler", True, "loops are compiled")
+    fix = "install a C++ compiler (g++ or clang++): without one engines work, slower"
+    return Check("compiler", None, "loops cannot be compiled", fix)
 
 
 def _base() -> Check:

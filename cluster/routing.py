@@ -33,9 +33,11 @@ def routing_order(
         assigned: work this router gave each replica lately, which no heartbeat has told the table yet.
     """
 
-    def busy(replica_id: str) -> tuple[float, str]:
+    def busy(replica_id: str) -> tuple[bool, float, str]:
+        # One the table knows nothing of has just begun, or its engine has ended: it is no idle one.
+        is_unknown = replica_id not in table.work
         work = table.work.get(replica_id, 0.0) + assigned.get(replica_id, 0.0)
-        return work, replica_id
+        return is_unknown, work, replica_id
 
     if version is None:
         return sorted(candidates, key=busy)

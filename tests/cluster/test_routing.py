@@ -55,6 +55,11 @@ def test_the_base_model_goes_to_the_least_busy() -> None:
     assert routing_order(None, ["a", "b", "c"], table, {}) == ["b", "c", "a"]
 
 
+def test_a_replica_that_reports_nothing_is_tried_last_not_taken_for_idle() -> None:
+    table = PlacementTable(work={"a": 10.0, "c": 5.0})
+    assert routing_order(None, ["a", "silent", "c"], table, {}) == ["c", "a", "silent"]
+
+
 def test_work_assigned_since_the_last_heartbeat_counts() -> None:
     table = PlacementTable(holders={ONE: ("a", "b")}, residents={ONE: ("a", "b")})
     assert routing_order(ONE, ["a", "b"], table, {"a": 30.0}) == ["b", "a"]
