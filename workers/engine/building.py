@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -70,7 +71,18 @@ def build_client(settings: EngineSettings, make_tiers: Callable[[], AdapterTiers
     if transport == "process":
         return ProcessEngineClient(settings, make_tiers)
     tiers = make_tiers()
-    return ThreadEngineClient(build_engine(settings, tiers.get), tiers)
+    return ThreadEngineClient(build_engine_apart(settings, tiers.get), tiers)
+
+
+def build_engine_apart(settings: EngineSettings, source: AdapterSource) -> Engine:
+    """As `build_engine`, for an engine that another thread than this one will step.
+
+    OpenMP keeps a team for every thread that ever computed, and once teams have more threads than there are cores
+    they no longer wait for one another awake: measured, 423 tokens a second instead of 810. So nothing is computed in
+    this thread, and the one that builds ends.
+    """
+    with ThreadPoolExecutor(max_workers=1) as builder:
+        return builder.submit(build_engine, settings, source).result()
 
 
 def torch_dtype(settings: EngineSettings) -> torch.dtype:
