@@ -6,6 +6,17 @@ from collections.abc import Mapping
 
 _ROWS = "The base it is compared with is bound by reading weights (270 MB a step at 15 to 17 GB/s is 16 to 18 of its 31 ms)"
 
+_LOADS = (
+    "A third of the requests find their adapter on disk or in the registry only: about 20 loads in a round of 64 "
+    "requests, 5 ms of CPU each in the bank beside reading and checking files, on the two cores that also compute. "
+    "The step thread waits for none of them. Next: rows written to disk as the bank keeps them."
+)
+_FLOAT32 = (
+    "Training computes in float32, which this CPU's matrix unit does not speed up: products are at the limit of "
+    "arithmetic from about 100 tokens on, and eight adapters have eight weights to make where one has one. Below that, "
+    "together reads W0 once. Next: bfloat16 products in training; attention over all adapters' tokens at once."
+)
+
 MISSES: Mapping[tuple[str, str], str] = {
     ("engine", "16 FLoRA r1 / our own base"): (
         f"{_ROWS}. Offset 1 at rank 1 is two rows of every product: prefill, bound by arithmetic, costs twice its "
@@ -20,6 +31,14 @@ MISSES: Mapping[tuple[str, str], str] = {
     ("engine", "16 LoRA r8 / our own base"): (
         f"{_ROWS}; 16 adapters of rank 8 are 113 MB more, at the same rate 7 ms a step, so 0.85 at best in decoding. "
         "Rows are read once for every token; next: tokens of one adapter together, in decode steps and in prompts."
+    ),
+    ("adapters_scale", "1,000 registered FLoRA adapters / 32 resident"): _LOADS,
+    ("adapters_scale", "1,000 registered LoRA adapters / 32 resident"): _LOADS,
+    ("training", "8 FLoRA r1, 32 tokens each: trained together / one after another"): _FLOAT32,
+    ("training", "8 FLoRA r1, 128 tokens each: trained together / one after another"): _FLOAT32,
+    ("memory", "bfloat16: resident memory / after warm-up"): (
+        "oneDNN keeps a kernel for every number of rows it meets in bfloat16, about 0.7 MB each. Row counts are now "
+        "rounded up to 48 sizes up to 2,048 rows, so the growth ends; this load meets its last sizes late."
     ),
 }
 """(benchmark, row) → floor and reason."""
