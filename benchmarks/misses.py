@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_ROWS = "The base it is compared with is bound by reading weights (270 MB a step at 15 to 17 GB/s is 16 to 18 of its 31 ms)"
+_ROWS = "The base it is compared with is bound by reading weights: 270 MB a step at 15 to 17 GB/s are 16 to 18 of its 31 ms"
 
 _LOADS = (
     "A third of the requests find their adapter on disk or in the registry only: about 20 loads in a round of 64 "
@@ -25,7 +25,7 @@ MISSES: Mapping[tuple[str, str], str] = {
         "v and of gate, up."
     ),
     ("engine", "16 FLoRA r4 / our own base"): (
-        "Five rows of every product where the base has one: prefill costs 3.5 times the base's, a decode step's "
+        "Five rows of every product where the base has one: prefill costs three times the base's, a decode step's "
         "products 1.9 times. Next: as for rank 1."
     ),
     ("engine", "16 LoRA r8 / our own base"): (
