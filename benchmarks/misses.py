@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_ROWS = "The base it is compared with is bound by reading weights: 270 MB a step at 15 to 17 GB/s are 16 to 18 of its 31 ms"
+_ROWS = "The base beside it is bound by reading weights: 270 MB a step at 15 to 17 GB/s are 16 to 18 of its 31 ms"
 
 _LOADS = (
     "A third of the requests find their adapter on disk or in the registry only: about 20 loads in a round of 64 "
