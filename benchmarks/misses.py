@@ -25,8 +25,9 @@ _SERVE = (
 
 MISSES: Mapping[tuple[str, str], str] = {
     ("engine", "our engine, no adapters / vLLM, no adapters"): (
-        "Equal within what runs differ by: 1.006 in the run before. Both read all weights once a step; of our 31 ms "
-        "18 are products, 5 compiled loops, 6 calls from Python. Next: fewer calls, logits never widened for greedy rows."
+        "Equal within what runs differ by: 1.006 in the run before. Both read all weights once a step. Of our 31 ms, "
+        "18 are products, 5 compiled loops, 6 calls from Python. Next: fewer calls; no widening of logits for greedy "
+        "rows."
     ),
     ("engine", "16 FLoRA r1 / our own base"): (
         f"{_ROWS}. Offset 1 at rank 1 is two rows of every product: prefill, bound by arithmetic, costs twice its "
