@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.workers.compiled.compiler import library
 from workers.compiled.decoder_loops import CompiledDecoderLoops
-from workers.compiled.library import CompiledLoops, compiled_loops
 from workers.engine.sampling.greedy import choose_greatest, torch_greatest
 from workers.models.native.decoder_loops import TorchDecoderLoops
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.bfloat16: (2**-7, 2**-9)}  # relative, absolute
-
-
-def library() -> CompiledLoops:
-    loops = compiled_loops()
-    assert loops is not None, "this machine has no C++ compiler; CI's has"
-    return loops
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.workers.compiled import compiler
 from workers.compiled import library
 from workers.compiled.library import compiled_loops
 from workers.models.arithmetic import choose_arithmetic
 from workers.row_form.adapted_product import adapted_product
+
+
+@pytest.fixture
+def _a_compiler() -> None:
+    compiler.library()
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +24,7 @@ def _a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
+@pytest.mark.usefixtures("_a_compiler")
 def test_the_library_is_compiled_once_and_found_again(tmp_path: Path) -> None:
     assert compiled_loops.__wrapped__() is not None
     (made,) = tmp_path.rglob("*.so")
@@ -26,6 +33,7 @@ def test_the_library_is_compiled_once_and_found_again(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [written]
 
 
+@pytest.mark.usefixtures("_a_compiler")
 def test_replicas_that_start_together_all_get_a_whole_library(tmp_path: Path) -> None:
     found: list[object] = []
     threads = [

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.workers.compiled.compiler import library
 from tests.workers.row_form.mixed_layers import FAMILIES, MixedLayers, mixed_layers
-from workers.compiled.library import compiled_loops
 from workers.compiled.row_loops import RowLoops
 from workers.row_form.adapted_linear import AdaptedLinear, AdapterLayers, StepContext
 from workers.row_form.adapted_product import adapted_product
@@ -29,9 +29,7 @@ SHAPES = {"first": (37, 70), "second": (64, 48)}
 
 
 def row_loops(dtype: torch.dtype) -> RowLoops:
-    loops = compiled_loops()
-    assert loops is not None, "this machine has no C++ compiler; CI's has"
-    return RowLoops(loops, dtype)
+    return RowLoops(library(), dtype)
 
 
 @st.composite
