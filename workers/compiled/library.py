@@ -1,7 +1,7 @@
 """Compiles this folder's C++ once per machine and gives its functions to Python.
 
-The library is kept in the user's cache under a name that says what it was made of, so a changed source, compiler or
-processor makes a new one. Plain C functions on addresses: no torch headers, a second or two to compile.
+The library is kept in the user's cache under a name that says what it was made of, so a changed source, processor or
+path of the compiler makes a new one. Plain C functions on addresses: no torch headers, a second or two to compile.
 """
 
 from __future__ import annotations
