@@ -17,6 +17,7 @@ from cluster.table import (
     AliasKey,
     DemandSample,
     PlacementTable,
+    ReplicaLoad,
     ReplicaOrders,
     ReplicaReport,
     TableUpdate,
@@ -133,7 +134,9 @@ class PlacementManager:
             self._table = replace(self._table, epoch=known_epoch + 1)
         table = self.table()
         is_current = known_epoch == table.epoch
-        return TableUpdate(table.epoch, None if is_current else table, table.work, table.residents)
+        return TableUpdate(
+            table.epoch, None if is_current else table, table.replicas, table.residents
+        )
 
     def table(self) -> PlacementTable:
         """The table of the present epoch, with work and residents as last reported."""
@@ -141,8 +144,8 @@ class PlacementManager:
         for replica_id, seen in sorted(self._replicas.items()):
             for version in seen.report.device:
                 residents[version] = (*residents.get(version, ()), replica_id)
-        work = {replica_id: seen.report.work for replica_id, seen in self._replicas.items()}
-        return replace(self._table, work=work, residents=residents)
+        loads = {replica_id: seen.report.load for replica_id, seen in self._replicas.items()}
+        return replace(self._table, replicas=loads, residents=residents)
 
     def reports(self) -> tuple[ReplicaReport, ...]:
         """The last report of every live replica."""
@@ -294,7 +297,7 @@ class PlacementManager:
             serving=dict(self._serving),
             holders=dict(self._placement.holders),
             facts={version: self._facts[version] for version in sorted(named)},
-            work=dict.fromkeys(sorted(self._replicas), 0.0),
+            replicas=dict.fromkeys(sorted(self._replicas), ReplicaLoad()),
         )
         if fresh != self._table:
             self._table = replace(fresh, epoch=self._table.epoch + 1)

@@ -35,9 +35,9 @@ def routing_order(
 
     def busy(replica_id: str) -> tuple[bool, float, str]:
         # One the table knows nothing of has just begun, or its engine has ended: it is no idle one.
-        is_unknown = replica_id not in table.work
-        work = table.work.get(replica_id, 0.0) + assigned.get(replica_id, 0.0)
-        return is_unknown, work, replica_id
+        load = table.replicas.get(replica_id)
+        work = (load.work if load else 0.0) + assigned.get(replica_id, 0.0)
+        return load is None, work, replica_id
 
     if version is None:
         return sorted(candidates, key=busy)

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from cluster.table import PlacementTable, ReplicaReport
+from cluster.table import AliasKey, PlacementTable, ReplicaReport
 from storage.identity import AdapterVersion
+
+
+@dataclass(frozen=True, slots=True)
+class AliasMove:
+    """An alias that does not serve what it should."""
+
+    desired: AdapterVersion
+    serving: AdapterVersion
+    reason: str  # "warming on 2 of 3 replicas", "failed: …"
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +27,12 @@ class ClusterState:
     too_large: tuple[AdapterVersion, ...] = ()
     no_room: tuple[AdapterVersion, ...] = ()
     registry_error: str | None = None  # why the registry could not be read the last time
+    moves: Mapping[AliasKey, AliasMove] = field(default_factory=dict)
+    failed: Mapping[AdapterVersion, str] = field(default_factory=dict)
+    """Versions no alias is moved to, and why: quarantined, or refused by replicas."""
+    failed_on: Mapping[AdapterVersion, Mapping[str, str]] = field(default_factory=dict)
+    """Versions that good replicas hold and these could not load: replica id → why."""
+    pinned: Mapping[AdapterVersion, int] = field(default_factory=dict)  # copies an admin asked for
+    heard_s: Mapping[str, float] = field(default_factory=dict)  # seconds since the last heartbeat
+    prefetch: tuple[tuple[AdapterVersion, str], ...] = ()  # planned loads: version, replica id
+    is_settled: bool = True  # false for the first seconds of a manager, which then moves no alias

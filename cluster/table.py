@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from storage.errors import FailedVersion
 from storage.identity import AdapterVersion
 
 AliasKey = tuple[str, str, str]
@@ -37,6 +38,17 @@ class DemandSample:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """How busy a replica is: what routers weigh."""
+
+    work: float = 0.0  # rank-weighted tokens queued and running
+    num_running: int = 0
+    num_waiting: int = 0
+    slots: int = 0  # sequences it runs at once; 0 when it did not say
+    load_s: float = 0.0  # recent seconds to bring an adapter to its device
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """One heartbeat from a replica. `work` is rank-weighted tokens queued and running."""
 
@@ -56,6 +68,20 @@ class ReplicaReport:
     node_id: str = ""
     threads: int = 0  # CPU threads its model computes on
     load_wait_s: float = 0.0  # how long its steps have waited for loads of adapters, in all
+    slots: int = 0  # sequences it runs at once
+    load_s: float = 0.0  # recent seconds to bring an adapter to its device; 0 before the first
+    failed: tuple[FailedVersion, ...] = ()  # versions that exist and that it could not load
+    is_registry_up: bool = True
+    kv_used: float = 0.0  # part of the KV cache in use, 0 to 1
+    misses: int = 0  # requests that found their adapter not on the device, since start
+    queued_work: float = 0.0  # the part of `work` that waits
+    first_token_p99_s: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)  # what only metrics read, by name
+
+    @property
+    def load(self) -> ReplicaLoad:
+        """What of it routers must know."""
+        return ReplicaLoad(self.work, self.num_running, self.num_waiting, self.slots, self.load_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +91,16 @@ class ReplicaOrders:
     epoch: int
     wanted: tuple[AdapterVersion, ...] = ()
     pinned: frozenset[AdapterVersion] = frozenset()
+    near: tuple[AdapterVersion, ...] = ()  # to have on disk or in host memory at least
+    retired: frozenset[AdapterVersion] = frozenset()
+    """Versions a successor replaced: to be freed on the device once no request holds them."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlacementTable:
     """Valid until a table with a higher epoch is seen. `holders` are replica ids in order of preference.
 
-    `work` and `residents` move with every heartbeat and do not raise the epoch.
+    `replicas` and `residents` move with every heartbeat and do not raise the epoch.
     """
 
     epoch: int = 0
@@ -79,12 +108,8 @@ class PlacementTable:
     serving: Mapping[AliasKey, AdapterVersion] = field(default_factory=dict)
     holders: Mapping[AdapterVersion, tuple[str, ...]] = field(default_factory=dict)
     facts: Mapping[AdapterVersion, AdapterFacts] = field(default_factory=dict)
-    work: Mapping[str, float] = field(default_factory=dict)  # live replicas → rank-weighted tokens
+    replicas: Mapping[str, ReplicaLoad] = field(default_factory=dict)  # the live ones
     residents: Mapping[AdapterVersion, tuple[str, ...]] = field(default_factory=dict)  # on a device
-
-    @property
-    def replicas(self) -> tuple[str, ...]:
-        return tuple(sorted(self.work))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +118,5 @@ class TableUpdate:
 
     epoch: int
     table: PlacementTable | None
-    work: Mapping[str, float]
+    replicas: Mapping[str, ReplicaLoad]
     residents: Mapping[AdapterVersion, tuple[str, ...]]

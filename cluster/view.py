@@ -44,7 +44,9 @@ class TableView:
                     return False
                 self._table = update.table
             else:
-                self._table = replace(self._table, work=update.work, residents=update.residents)
+                self._table = replace(
+                    self._table, replicas=update.replicas, residents=update.residents
+                )
             self._heard_s = self._clock()
             return True
 

@@ -5,7 +5,11 @@ HTTP status and exit code are mapped in one place each (`deployments/errors.py`,
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from storage.identity import AdapterVersion
 
 
 class FloraError(Exception):
@@ -108,3 +112,12 @@ class SpecificationError(InvalidRequestError):
     """A training specification or data file is wrong: names the field, or the file and line."""
 
     code = "invalid_specification"
+
+
+@dataclass(frozen=True, slots=True)
+class FailedVersion:
+    """A version that exists and cannot be loaded. `code` and `message` are the error's."""
+
+    version: AdapterVersion
+    code: str
+    message: str

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.rendezvous import preference
 from cluster.routing import MEMORY_S, AssignedWork, routing_order
-from cluster.table import PlacementTable
+from cluster.table import PlacementTable, ReplicaLoad
 from storage.identity import AdapterVersion
 from tests.cluster.clocks import ManualClock
 
 ONE = AdapterVersion("1" * 64)
 names = st.sampled_from("abcdef")
+
+
+def loads(work: Mapping[str, float]) -> dict[str, ReplicaLoad]:
+    return {replica_id: ReplicaLoad(amount) for replica_id, amount in work.items()}
 
 
 @given(
@@ -27,7 +33,7 @@ def test_every_candidate_is_tried_exactly_once_whatever_the_table_says(
     candidates, holders, residents, work, version
 ) -> None:
     table = PlacementTable(
-        holders={ONE: tuple(holders)}, residents={ONE: tuple(residents)}, work=work
+        holders={ONE: tuple(holders)}, residents={ONE: tuple(residents)}, replicas=loads(work)
     )
     order = routing_order(version, candidates, table, {})
     assert sorted(order) == sorted(candidates)
@@ -37,7 +43,7 @@ def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_
     table = PlacementTable(
         holders={ONE: ("loading", "busy", "idle")},
         residents={ONE: ("busy", "idle", "lucky", "gone")},
-        work={"busy": 90.0, "idle": 10.0},
+        replicas=loads({"busy": 90.0, "idle": 10.0}),
     )
     candidates = ["x", "y", "lucky", "busy", "loading", "idle"]
     order = routing_order(ONE, candidates, table, {})
@@ -46,17 +52,17 @@ def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_
 
 def test_an_adapter_nobody_holds_goes_to_one_place_whoever_is_busy() -> None:
     candidates = ["a", "b", "c"]
-    table = PlacementTable(work={"a": 100.0, "b": 0.0, "c": 50.0})
+    table = PlacementTable(replicas=loads({"a": 100.0, "b": 0.0, "c": 50.0}))
     assert routing_order(ONE, candidates, table, {"b": 5.0}) == preference(ONE, candidates)
 
 
 def test_the_base_model_goes_to_the_least_busy() -> None:
-    table = PlacementTable(work={"a": 10.0, "b": 0.0, "c": 5.0})
+    table = PlacementTable(replicas=loads({"a": 10.0, "b": 0.0, "c": 5.0}))
     assert routing_order(None, ["a", "b", "c"], table, {}) == ["b", "c", "a"]
 
 
 def test_a_replica_that_reports_nothing_is_tried_last_not_taken_for_idle() -> None:
-    table = PlacementTable(work={"a": 10.0, "c": 5.0})
+    table = PlacementTable(replicas=loads({"a": 10.0, "c": 5.0}))
     assert routing_order(None, ["a", "silent", "c"], table, {}) == ["c", "a", "silent"]
 
 

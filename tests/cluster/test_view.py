@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.table import DemandSample, PlacementTable, TableUpdate
+from cluster.table import DemandSample, PlacementTable, ReplicaLoad, TableUpdate
 from cluster.view import TableView
 from storage.identity import AdapterVersion
 from tests.cluster.clocks import ManualClock
@@ -29,8 +29,8 @@ def test_a_confirmation_of_the_same_epoch_brings_fresh_work_and_makes_the_table_
     view = TableView(clock)
     view.offer(full(7))
     clock.advance(5.0)
-    assert view.offer(TableUpdate(7, None, {"a": 3.0}, {ONE: ("a",)}))
-    assert view.table.work == {"a": 3.0} and view.table.residents == {ONE: ("a",)}
+    assert view.offer(TableUpdate(7, None, {"a": ReplicaLoad(3.0)}, {ONE: ("a",)}))
+    assert view.table.replicas == {"a": ReplicaLoad(3.0)} and view.table.residents == {ONE: ("a",)}
     assert view.age_s == 0.0
 
 
