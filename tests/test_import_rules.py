@@ -36,6 +36,7 @@ NO_TORCH = [
     "cluster.*",
     "*.config",
     "storage.errors",
+    "storage.figures",
     "storage.identity",
     "storage.manifest",
     "storage.object_store",
