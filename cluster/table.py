@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from storage.errors import FailedVersion
+from storage.figures import Figures
 from storage.identity import AdapterVersion
 
 AliasKey = tuple[str, str, str]
@@ -76,7 +77,7 @@ class ReplicaReport:
     misses: int = 0  # requests that found their adapter not on the device, since start
     queued_work: float = 0.0  # the part of `work` that waits
     first_token_p99_s: float = 0.0
-    figures: Mapping[str, float] = field(default_factory=dict)  # what only metrics read, by name
+    figures: Figures = field(default_factory=Figures)  # what only metrics read
 
     @property
     def load(self) -> ReplicaLoad:

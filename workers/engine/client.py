@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from storage.figures import Figures
 from storage.identity import AdapterVersion
 from workers.engine.request import EngineRequest, StepOutputs
 
@@ -36,6 +37,7 @@ class EngineLoad:
     load_wait_s: float = (
         0.0  # how long the engine's thread has waited for loads of adapters, in all
     )
+    figures: Figures = field(default_factory=Figures)  # of its steps, its loads, its requests
 
 
 class EngineClient(Protocol):
