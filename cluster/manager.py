@@ -6,12 +6,12 @@ is rebuilt from the registry and from the replicas' next heartbeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.config import ClusterSettings
-from cluster.demand import DemandRate, DemandTracker
-from cluster.placement import Placement, ReplicaSpace, WantedAdapter, copies_wanted, place
+from cluster.placement import Placement, ReplicaSpace
+from cluster.planner import PlacementPlanner, Reservation
 from cluster.table import (
     AdapterFacts,
     AliasKey,
@@ -29,21 +29,6 @@ from storage.identity import AdapterVersion
 class _Seen:
     report: ReplicaReport
     at_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Copies:
-    """How many holders a version has a right to; fewer only after wanting fewer for some ticks."""
-
-    count: int
-    ticks_below: int = 0
-
-    def next(self, count: int, patience: int) -> _Copies:
-        if count >= self.count:
-            return _Copies(count)
-        if self.ticks_below + 1 >= patience:
-            return _Copies(count)
-        return _Copies(self.count, self.ticks_below + 1)
 
 
 class PlacementManager:
@@ -65,13 +50,11 @@ class PlacementManager:
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._demand = DemandTracker(settings.demand_halflife_s, clock)
+        self._planner = PlacementPlanner(settings, clock)
         self._replicas: dict[str, _Seen] = {}
         self._desired: Mapping[AliasKey, AdapterVersion] = {}
         self._facts: Mapping[AdapterVersion, AdapterFacts] = {}
         self._serving: dict[AliasKey, AdapterVersion] = {}
-        self._placement = Placement()
-        self._copies: dict[AdapterVersion, _Copies] = {}
         self._table = PlacementTable(epoch=first_epoch, base_id=base_id)
 
     # -- what the world reports ------------------------------------------------------------------
@@ -86,7 +69,7 @@ class PlacementManager:
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
         """Take one router's report of what it was asked for since its last one."""
-        self._demand.observe(demand)
+        self._planner.observe(demand)
 
     def set_registry(
         self,
@@ -107,14 +90,10 @@ class PlacementManager:
         """Recompute the plan. The table returned has a new epoch only if something in it changed."""
         self.expire()
         self._follow_registry()
-        self._count_copies()
-        wanted = self._wanted()
-        warming = self._warming(wanted)
-        previous = self._beside_predecessors(warming)
-        self._placement = place([*wanted, *warming], self._spaces(), previous, self._settings)
+        self._plan()
         if self._promote_warm():
             # Who served until now is wanted no more, and its successor has its demand.
-            self._placement = place(self._wanted(), self._spaces(), self._placement, self._settings)
+            self._plan()
         return self._publish()
 
     def expire(self) -> bool:
@@ -153,12 +132,12 @@ class PlacementManager:
 
     @property
     def placement(self) -> Placement:
-        return self._placement
+        return self._planner.placement
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the plan or the table contradicts what was reported."""
         rows: dict[str, int] = dict.fromkeys(self._replicas, 0)
-        for version, holders in self._placement.holders.items():
+        for version, holders in self.placement.holders.items():
             assert holders and len(set(holders)) == len(holders), (version, holders)
             for replica_id in holders:
                 if replica_id in rows:
@@ -170,7 +149,7 @@ class PlacementManager:
             "an alias serves nothing, or a dead one does"
         )
         assert self._table.serving == self._serving
-        assert self._table.holders == self._placement.holders
+        assert self._table.holders == self.placement.holders
 
     # -- aliases ---------------------------------------------------------------------------------
 
@@ -184,7 +163,7 @@ class PlacementManager:
 
     def _is_held(self, version: AdapterVersion) -> bool:
         return version in self._facts and any(
-            replica_id in self._replicas for replica_id in self._placement.holders.get(version, ())
+            replica_id in self._replicas for replica_id in self.placement.holders.get(version, ())
         )
 
     def _moves(self) -> dict[AdapterVersion, AdapterVersion]:
@@ -195,34 +174,12 @@ class PlacementManager:
             if self._serving[key] != desired
         }
 
-    def _warming(self, wanted: Sequence[WantedAdapter]) -> list[WantedAdapter]:
-        """Successors nobody asks for yet, as wanted as their predecessors and on as many replicas."""
-        work = {item.version: item.work for item in wanted}
-        return [
-            WantedAdapter(
-                new,
-                self._facts[new].rows,
-                work.get(old, 0.0),
-                copies=len(self._placement.holders[old]),
-                replaces=old,
-            )
-            for new, old in self._moves().items()
-            if new not in work
-        ]
-
-    def _beside_predecessors(self, warming: Sequence[WantedAdapter]) -> Placement:
-        """The last plan, with each successor that is new to it as if it were where its predecessor is."""
-        moves, holders = self._moves(), dict(self._placement.holders)
-        for item in warming:
-            holders.setdefault(item.version, holders[moves[item.version]])
-        return replace(self._placement, holders=holders)
-
     def _promote_warm(self) -> bool:
         """Flip aliases to successors that all their holders have loaded, or that fit only in the old one's place."""
         ready = {
             new: old
             for new, old in self._moves().items()
-            if self._is_warm(new) or new in self._placement.no_room
+            if self._is_warm(new) or new in self.placement.no_room
         }
         for key, desired in self._desired.items():
             if desired in ready:
@@ -230,53 +187,31 @@ class PlacementManager:
         for new, old in ready.items():
             if old not in self._serving.values():
                 ratio = self._facts[new].work_per_token / self._facts[old].work_per_token
-                self._demand.inherit(old, new, ratio)
-                self._copies[new] = self._copies.pop(old, _Copies(1))
+                self._planner.inherit(old, new, ratio)
         return bool(ready)
 
     def _is_warm(self, version: AdapterVersion) -> bool:
-        holders = self._placement.holders.get(version, ())
+        holders = self.placement.holders.get(version, ())
         return bool(holders) and all(version in self._replicas[r].report.device for r in holders)
 
     # -- the plan --------------------------------------------------------------------------------
 
-    def _spaces(self) -> list[ReplicaSpace]:
-        return [
+    def _plan(self) -> None:
+        spaces = [
             ReplicaSpace(replica_id, seen.report.rows, frozenset(seen.report.device))
             for replica_id, seen in self._replicas.items()
         ]
-
-    def _rates(self) -> dict[AdapterVersion, DemandRate]:
-        rates = self._demand.rates()
-        return {version: rate for version, rate in rates.items() if version in self._facts}
-
-    def _count_copies(self) -> None:
-        """How many holders each version should have from this tick on."""
-        rates = self._rates()
-        total = sum(rate.work for rate in rates.values())
-        share, patience = self._settings.work_share_per_holder, self._settings.shrink_after_ticks
-        copies = {}
-        for version, rate in rates.items():
-            count = copies_wanted(rate.work, total, len(self._replicas), share)
-            copies[version] = self._copies.get(version, _Copies(count)).next(count, patience)
-        self._copies = copies
-
-    def _wanted(self) -> list[WantedAdapter]:
-        """Every version with demand."""
-        return [
-            WantedAdapter(version, self._facts[version].rows, rate.work, copies.count)
-            for version, rate in self._rates().items()
-            if (copies := self._copies.get(version))
-        ]
+        successors = [Reservation(new, replaces=old) for new, old in self._moves().items()]
+        self._planner.plan(spaces, self._facts, successors)
 
     def _orders(self, replica_id: str) -> ReplicaOrders:
         """What one replica should hold. Pins leave room for the largest adapter anybody may ask it for."""
         seen = self._replicas[replica_id]
+        plan, device = self.placement, frozenset(seen.report.device)
         mine = [
             version
-            for version, holders in self._placement.holders.items()
-            if replica_id in holders
-            and (version in seen.report.device or (version, replica_id) in self._placement.prefetch)
+            for version in plan.by_replica.get(replica_id, ())
+            if version in device or (version, replica_id) in plan.prefetch
         ]
         capacity = seen.report.rows
         sizes = (facts.rows for facts in self._facts.values() if facts.rows <= capacity)
@@ -291,11 +226,11 @@ class PlacementManager:
 
     def _publish(self) -> PlacementTable:
         """The table, under a new epoch if it says anything new."""
-        named = {*self._serving.values(), *self._placement.holders}
+        named = {*self._serving.values(), *self.placement.holders}
         fresh = replace(
             self._table,
             serving=dict(self._serving),
-            holders=dict(self._placement.holders),
+            holders=dict(self.placement.holders),
             facts={version: self._facts[version] for version in sorted(named)},
             replicas=dict.fromkeys(sorted(self._replicas), ReplicaLoad()),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cluster.config import ClusterSettings
 from cluster.rendezvous import preference
@@ -31,6 +32,7 @@ class WantedAdapter:
     work: float
     copies: int = 1
     replaces: AdapterVersion | None = None  # the version it is loaded beside, to take over from
+    is_reserved: bool = False  # to be loaded before anyone asks
 
     @property
     def value(self) -> float:
@@ -52,7 +54,7 @@ class ReplicaSpace:
     resident: frozenset[AdapterVersion] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Placement:
     """The plan. `holders` are in order of preference; nothing wanted is missing without being named.
 
@@ -63,6 +65,15 @@ class Placement:
     prefetch: frozenset[tuple[AdapterVersion, str]] = frozenset()
     too_large: tuple[AdapterVersion, ...] = ()  # larger than every bank
     no_room: tuple[AdapterVersion, ...] = ()  # served from the banks' least recently used rows
+
+    @cached_property
+    def by_replica(self) -> Mapping[str, tuple[AdapterVersion, ...]]:
+        """What each replica holds, most wanted first."""
+        held: dict[str, list[AdapterVersion]] = {}
+        for version, replica_ids in self.holders.items():
+            for replica_id in replica_ids:
+                held.setdefault(replica_id, []).append(version)
+        return {replica_id: tuple(versions) for replica_id, versions in held.items()}
 
 
 def copies_wanted(work: float, total_work: float, num_replicas: int, share: float) -> int:
@@ -211,7 +222,7 @@ class _Plan:
             light = (r for r in roomy if self._is_light(item, r, self._settings.load_slack))
             self._take(item, next(light, min(roomy, key=self._load.__getitem__)))
         home = self._holders[item.version][0]
-        if (item.replaces or item.copies > 1) and self._may_load(item, home):
+        if (item.is_reserved or item.copies > 1) and self._may_load(item, home):
             self._order_load(item, home)
 
     def _add_copies(self, item: WantedAdapter) -> None:

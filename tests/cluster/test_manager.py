@@ -236,19 +236,6 @@ def test_orders_pin_only_what_leaves_room_for_the_largest_adapter(cluster: Clust
     assert sum(sizes[v].rows for v in orders.pinned) <= 16 - 9
 
 
-def test_a_hot_adapter_grows_at_once_and_shrinks_only_after_its_cooldown() -> None:
-    cluster = Cluster(shrink_after_ticks=3)
-    cluster.add("a", "b", "c")
-    both = facts(version(1), version(2), rows=2)
-    cluster.manager.set_registry({KEY: version(1), ("default", "x", "latest"): version(2)}, both)
-    cluster.ask(version(1), work=1000.0)
-    assert len(cluster.manager.tick().holders[version(1)]) == 3
-    cluster.ask(version(2), requests=10_000, work=1e6)
-    assert len(cluster.manager.tick().holders[version(1)]) == 3
-    assert len(cluster.manager.tick().holders[version(1)]) == 3
-    assert len(cluster.manager.tick().holders[version(1)]) == 1
-
-
 class AnyHistory(RuleBasedStateMachine):
     """Replicas come, go silent and disobey; versions are published, moved, deleted and asked for."""
 
