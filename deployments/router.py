@@ -13,11 +13,9 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.actor import PlacementSpec
-from cluster.routing import AssignedWork, routing_order
+from cluster.routing import Routing
 from deployments.table_poller import shared_view
 from workers.engine.request import EngineRequest
-
-_MAX_CHOICES = 10_000
 
 
 class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
@@ -26,8 +24,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
     def initialize_state(self, spec: dict[str, Any]) -> None:
         """`spec` is a `PlacementSpec` as JSON: Serve hands it over from the deployment's settings."""
         self._view = shared_view(PlacementSpec.model_validate(spec))
-        self._assigned = AssignedWork(time.monotonic)
-        self._choices: dict[str, str] = {}  # request → replica, until one has accepted
+        self._routing = Routing(time.monotonic)
 
     async def choose_replicas(
         self,
@@ -37,11 +34,10 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         request = _engine_request(pending_request)
         version = request.adapters.version if request else None
-        assigned = self._assigned.by_replica(by_id.keys())
-        order = routing_order(version, by_id.keys(), self._view.table, assigned)
+        work = request.work if request else 0.0
+        order = self._routing.order(version, work, by_id.keys(), self._view.table)
         if request is not None and order:
-            # At once, not when the replica has accepted: requests of the same moment must see each other.
-            self._assign(request, order[0])
+            self._choose(request, order[0])
         return [[by_id[replica_id]] for replica_id in order]
 
     def on_request_routed(
@@ -50,20 +46,14 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         """Serve calls this when a replica has accepted; it may be another than the first choice."""
         request = _engine_request(pending_request)
         if request is not None:
-            self._assign(request, replica_id.unique_id)
-            del self._choices[request.request_id]
+            self._choose(request, replica_id.unique_id)
+            self._routing.settle(request.request_id)
 
-    def _assign(self, request: EngineRequest, replica_id: str) -> None:
-        """Count the request's work for a replica, and no longer for the one it was counted for before."""
-        before = self._choices.pop(request.request_id, None)
-        if before is not None:
-            self._assigned.add(before, -request.work)
-        elif request.adapters.version is not None:
-            self._view.record(request.adapters.version, request.work)
-        self._assigned.add(replica_id, request.work)
-        self._choices[request.request_id] = replica_id
-        if len(self._choices) > _MAX_CHOICES:  # given up before any replica accepted
-            del self._choices[next(iter(self._choices))]
+    def _choose(self, request: EngineRequest, replica_id: str) -> None:
+        version = request.adapters.version
+        if version is not None and not self._routing.is_chosen(request.request_id):
+            self._view.record(version, request.work)
+        self._routing.choose(request.request_id, replica_id, request.work)
 
 
 def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.rendezvous import preference
-from cluster.routing import MEMORY_S, AssignedWork, routing_order
+from cluster.routing import MEMORY_S, Routing
 from cluster.table import PlacementTable, ReplicaLoad
 from storage.identity import AdapterVersion
 from tests.cluster.clocks import ManualClock
@@ -35,7 +34,7 @@ def test_every_candidate_is_tried_exactly_once_whatever_the_table_says(
     table = PlacementTable(
         holders={ONE: tuple(holders)}, residents={ONE: tuple(residents)}, replicas=loads(work)
     )
-    order = routing_order(version, candidates, table, {})
+    order = Routing(ManualClock()).order(version, 10.0, candidates, table)
     assert sorted(order) == sorted(candidates)
 
 
@@ -46,38 +45,59 @@ def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_
         replicas=loads({"busy": 90.0, "idle": 10.0}),
     )
     candidates = ["x", "y", "lucky", "busy", "loading", "idle"]
-    order = routing_order(ONE, candidates, table, {})
+    order = Routing(ManualClock()).order(ONE, 1.0, candidates, table)
     assert order == ["idle", "busy", "lucky", "loading", *preference(ONE, ["x", "y"])]
 
 
 def test_an_adapter_nobody_holds_goes_to_one_place_whoever_is_busy() -> None:
     candidates = ["a", "b", "c"]
     table = PlacementTable(replicas=loads({"a": 100.0, "b": 0.0, "c": 50.0}))
-    assert routing_order(ONE, candidates, table, {"b": 5.0}) == preference(ONE, candidates)
+    assert Routing(ManualClock()).order(ONE, 1.0, candidates, table) == preference(ONE, candidates)
 
 
 def test_the_base_model_goes_to_the_least_busy() -> None:
     table = PlacementTable(replicas=loads({"a": 10.0, "b": 0.0, "c": 5.0}))
-    assert routing_order(None, ["a", "b", "c"], table, {}) == ["b", "c", "a"]
+    assert Routing(ManualClock()).order(None, 1.0, ["a", "b", "c"], table) == ["b", "c", "a"]
 
 
 def test_a_replica_that_reports_nothing_is_tried_last_not_taken_for_idle() -> None:
     table = PlacementTable(replicas=loads({"a": 10.0, "c": 5.0}))
-    assert routing_order(None, ["a", "silent", "c"], table, {}) == ["c", "a", "silent"]
+    assert Routing(ManualClock()).order(None, 1.0, ["a", "silent", "c"], table) == [
+        "c",
+        "a",
+        "silent",
+    ]
 
 
-def test_work_assigned_since_the_last_heartbeat_counts() -> None:
-    table = PlacementTable(holders={ONE: ("a", "b")}, residents={ONE: ("a", "b")})
-    assert routing_order(ONE, ["a", "b"], table, {"a": 30.0}) == ["b", "a"]
-
-
-def test_assigned_work_fades_can_be_taken_back_and_forgets_who_is_gone() -> None:
+def test_work_assigned_since_the_last_heartbeat_counts_and_fades() -> None:
     clock = ManualClock()
-    assigned = AssignedWork(clock)
-    assigned.add("a", 100.0)
-    assigned.add("b", 40.0)
-    assigned.add("b", -40.0)
-    assert assigned.by_replica({"a", "b"}) == {"a": 100.0, "b": 0.0}
-    clock.advance(MEMORY_S)
-    assert assigned.by_replica({"a"}) == {"a": pytest.approx(100.0 / 2.718281828)}
-    assert assigned.by_replica({"a", "b"}).keys() == {"a"}
+    routing = Routing(clock)
+    table = PlacementTable(
+        holders={ONE: ("a", "b")},
+        residents={ONE: ("a", "b")},
+        replicas=loads({"a": 10.0, "b": 0.0}),
+    )
+    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
+    routing.choose("first", "b", 30.0)
+    routing.settle("first")
+    table = PlacementTable(
+        holders={ONE: ("a", "b")},
+        residents={ONE: ("a", "b")},
+        replicas=loads({"a": 10.0, "b": 0.0}),
+    )
+    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["a", "b"]
+    clock.advance(5 * MEMORY_S)
+    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
+
+
+def test_a_request_that_moves_on_leaves_no_work_behind() -> None:
+    routing = Routing(ManualClock())
+    table = PlacementTable(replicas=loads({"a": 0.0, "b": 0.0, "c": 0.0}))
+    routing.choose("one", "a", 50.0)
+    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["b", "c", "a"]
+    routing.choose("one", "b", 50.0)
+    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["a", "c", "b"]
+    assert routing.is_chosen("one")
+    routing.give_up("one")
+    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["a", "b", "c"]
+    assert not routing.is_chosen("one")
