@@ -31,6 +31,7 @@ from workers.engine.scheduler import Scheduler
 from workers.engine.sequence import Sequence
 from workers.engine.starvation import StarvationRule
 from workers.engine.step_budget import ScheduledSpan, StepBudget
+from workers.engine.step_figures import StepFigures
 from workers.engine.step_input import build_step_input, sampling_row
 from workers.engine.validation import RequestLimits, validate_request
 from workers.models.runner import ModelRunner
@@ -90,6 +91,7 @@ class Engine:
         self._wanted_pins: frozenset[AdapterVersion] = frozenset()
         self._applied_pins: frozenset[AdapterVersion] = frozenset()
         self._outbox = Outbox(clock, loader.tier)
+        self._figures = StepFigures()
         self._tokens_out = 0
         self._step_errors = 0
         self._failed_in_a_row = 0
@@ -160,6 +162,7 @@ class Engine:
             step_errors=self._step_errors,
             threads=self.num_threads,
             load_wait_s=counters.wait_s,
+            figures=self._figures.read(),
         )
 
     # One step.
@@ -171,7 +174,7 @@ class Engine:
         self._admit(start_s)
         spans = self._scheduler.next_step()
         if spans:
-            self._compute(spans)
+            self._compute(spans, start_s)
         return StepOutputs(
             outputs=self._outbox.take(),
             num_tokens=sum(span.num_new for span in spans),
@@ -232,7 +235,7 @@ class Engine:
             self._applied_pins = pins
             self.loader.rows_freed()
 
-    def _compute(self, spans: Ordered[ScheduledSpan]) -> None:
+    def _compute(self, spans: Ordered[ScheduledSpan], start_s: float) -> None:
         answering = [span.sequence for span in spans if span.wants_logits]
         try:
             step = build_step_input(
@@ -253,11 +256,15 @@ class Engine:
             self._scheduler.start_over()
             return
         self._failed_in_a_row = 0
+        now = self._clock()
+        self._figures.computed(spans, now - start_s)
         for span in spans:
             self._scheduler.advance(span)
         for sequence, scores in prompt_logprobs:
             sequence.prompt_logprobs += scores
         for sequence, token in zip(answering, tokens, strict=True):
+            if not sequence.has_reported:
+                self._figures.answered_first(sequence, now)
             self._append(sequence, token)
 
     def _append(self, sequence: Sequence, new: SampledToken | None) -> None:
