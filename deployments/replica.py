@@ -83,7 +83,16 @@ class EngineReplica:
             tokens_out=load.tokens_out,
             threads=load.threads,
             load_wait_s=load.load_wait_s,
+            slots=load.kv_slots,
+            load_s=load.load_s,
+            failed=load.failed,
+            is_registry_up=load.is_registry_up,
+            kv_used=load.kv_used,
+            misses=load.misses,
+            queued_work=load.queued_work,
+            first_token_p99_s=load.first_token_p99_s,
+            figures=load.figures,
         )
 
     def _obey(self, orders: ReplicaOrders) -> None:
-        self._client.prefetch(orders.wanted, orders.pinned)
+        self._client.prefetch(orders.wanted, orders.pinned, orders.near)

@@ -57,6 +57,7 @@ class AdapterTiers(Protocol):
 class _Load:
     version: AdapterVersion
     is_requested: bool  # by a request, not only by a prefetch
+    is_for_device: bool = True  # or only to be near
     fetched: FetchedAdapter | None = None
     is_busy: bool = False  # the bank had no room at the last attempt
     is_parked: bool = False  # … and nothing was freed since
@@ -98,6 +99,7 @@ class AdapterLoader:
         self._loads: dict[AdapterVersion, _Load] = {}
         self._requested: deque[_Load] = deque()
         self._prefetched: deque[_Load] = deque()
+        self._kept_near: deque[_Load] = deque()
         self._failures: dict[AdapterVersion, _Failure] = {}
         self._prefetch_again_s: dict[AdapterVersion, float] = {}
         self._claims: set[AdapterVersion] = set()
@@ -135,23 +137,34 @@ class AdapterLoader:
             if load is None:
                 self._enqueue(_Load(version, is_requested=True))
             elif not load.is_requested:
-                load.is_requested = True
-                if load in self._prefetched:
-                    self._prefetched.remove(load)
-                    self._enqueue(load)
+                load.is_requested = load.is_for_device = True
+                for queue in (self._prefetched, self._kept_near):
+                    if load in queue:
+                        queue.remove(load)
+                        self._enqueue(load)
         return None
 
-    def prefetch(self, versions: Sequence[AdapterVersion]) -> None:
-        """Load these when nothing more urgent is to do, in this order. Replaces what was asked for before."""
+    def prefetch(
+        self, wanted: Sequence[AdapterVersion], near: Sequence[AdapterVersion] = ()
+    ) -> None:
+        """Load these when nothing more urgent is to do, in this order. Replaces what was asked for before.
+
+        Args:
+            wanted: to the device.
+            near: only as near as the source keeps them, after all others.
+        """
         with self._condition:
-            for load in self._prefetched:
+            for load in (*self._prefetched, *self._kept_near):
                 del self._loads[load.version]
             self._prefetched.clear()
+            self._kept_near.clear()
             self._forget_old(self._clock())
             known = {*self._loads, *self._prefetch_again_s, *self._bank.residents()}
-            for version in versions:
-                if version not in known:
-                    self._enqueue(_Load(version, is_requested=False))
+            for versions, is_for_device in ((wanted, True), (near, False)):
+                for version in versions:
+                    if version not in known:
+                        known.add(version)
+                        self._enqueue(_Load(version, False, is_for_device))
 
     def rows_freed(self) -> None:
         """References were given back, or pins changed: try again what found no room."""
@@ -213,7 +226,8 @@ class AdapterLoader:
 
     def _enqueue(self, load: _Load) -> None:
         self._loads[load.version] = load
-        (self._requested if load.is_requested else self._prefetched).append(load)
+        queue = self._requested if load.is_requested else self._prefetched
+        (queue if load.is_for_device else self._kept_near).append(load)
         self._condition.notify()
 
     def _work(self) -> None:
@@ -221,11 +235,13 @@ class AdapterLoader:
         use_threads(1)
         while True:
             with self._condition:
-                while not self._is_stopping and not self._requested and not self._prefetched:
+                while not self._is_stopping and not (
+                    self._requested or self._prefetched or self._kept_near
+                ):
                     self._condition.wait()
                 if self._is_stopping:
                     return
-                load = (self._requested or self._prefetched).popleft()
+                load = (self._requested or self._prefetched or self._kept_near).popleft()
                 num_freed = self._num_freed
             try:
                 self._load(load)
@@ -240,6 +256,8 @@ class AdapterLoader:
     def _load(self, load: _Load) -> None:
         if load.fetched is None:
             load.fetched = self._source(load.version)
+        if not load.is_for_device:
+            return
         rows, tier = load.fetched.rows, load.fetched.tier
         _check_base(rows, self._base_digest)
         with self._condition:

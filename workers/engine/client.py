@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from storage.errors import FailedVersion
 from storage.figures import Figures
 from storage.identity import AdapterVersion
 from workers.engine.request import EngineRequest, StepOutputs
@@ -37,7 +38,21 @@ class EngineLoad:
     load_wait_s: float = (
         0.0  # how long the engine's thread has waited for loads of adapters, in all
     )
+    queued_work: float = 0.0  # the part of `work` that belongs to requests not yet started
+    first_token_p99_s: float = 0.0  # from arrival here, over the last minute; 0 without any
+    misses: int = 0  # requests that found their adapter not on the device, since start
+    load_s: float = (
+        0.0  # recent seconds from a request for a load to its rows being there; 0: none yet
+    )
+    load_errors: int = 0  # since start
+    failed: tuple[FailedVersion, ...] = ()  # versions that exist and cannot be served here
+    is_registry_up: bool = True
     figures: Figures = field(default_factory=Figures)  # of its steps, its loads, its requests
+
+    @property
+    def kv_used(self) -> float:
+        """The part of the KV cache that running sequences hold, 0 to 1."""
+        return self.kv_blocks_used / self.kv_blocks if self.kv_blocks else 0.0
 
 
 class EngineClient(Protocol):
@@ -59,9 +74,19 @@ class EngineClient(Protocol):
         """Free the request's KV slot and adapter reference within one step; no error when it is gone."""
 
     def prefetch(
-        self, versions: Sequence[AdapterVersion], pinned: frozenset[AdapterVersion]
+        self,
+        wanted: Sequence[AdapterVersion],
+        pinned: frozenset[AdapterVersion],
+        near: Sequence[AdapterVersion] = (),
     ) -> None:
-        """Bring adapters to the device in the background, and pin exactly `pinned`. Errors are counted, not raised."""
+        """Have adapters brought nearer in the background. Replaces what was asked for before; errors are counted, not
+        raised.
+
+        Args:
+            wanted: to the device, most wanted first.
+            pinned: exactly these are kept from eviction there.
+            near: at least to this machine's disk or memory, when nothing more urgent is to do; never to the device.
+        """
 
     def load(self) -> EngineLoad: ...
 

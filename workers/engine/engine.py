@@ -132,12 +132,15 @@ class Engine:
         return StepOutputs(self._outbox.take())
 
     def prefetch(
-        self, versions: Ordered[AdapterVersion], pinned: frozenset[AdapterVersion]
+        self,
+        wanted: Ordered[AdapterVersion],
+        pinned: frozenset[AdapterVersion],
+        near: Ordered[AdapterVersion] = (),
     ) -> None:
         """As `EngineClient.prefetch`."""
         self._wanted_pins = pinned
         self._apply_pins()
-        self.loader.prefetch(versions)
+        self.loader.prefetch(wanted, near)
 
     def load(self) -> EngineLoad:
         """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""
@@ -162,6 +165,8 @@ class Engine:
             step_errors=self._step_errors,
             threads=self.num_threads,
             load_wait_s=counters.wait_s,
+            queued_work=sum(one.work_left for one in scheduler.waiting()),
+            load_errors=self.loader.num_errors,
             figures=self._figures.read(),
         )
 

@@ -115,9 +115,12 @@ class ProcessEngineClient:
         self._writer.put(Abort(request_id))
 
     def prefetch(
-        self, versions: Sequence[AdapterVersion], pinned: frozenset[AdapterVersion]
+        self,
+        wanted: Sequence[AdapterVersion],
+        pinned: frozenset[AdapterVersion],
+        near: Sequence[AdapterVersion] = (),
     ) -> None:
-        self._writer.put(Prefetch(tuple(versions), pinned))
+        self._writer.put(Prefetch(tuple(wanted), pinned, tuple(near)))
 
     def load(self) -> EngineLoad:
         """What the child last reported."""

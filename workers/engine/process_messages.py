@@ -44,8 +44,9 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    versions: tuple[AdapterVersion, ...]
+    wanted: tuple[AdapterVersion, ...]
     pinned: frozenset[AdapterVersion]
+    near: tuple[AdapterVersion, ...]
 
 
 @dataclass(frozen=True, slots=True)

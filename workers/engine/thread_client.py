@@ -76,10 +76,13 @@ class ThreadEngineClient:
             self._order(lambda: self._engine.abort(request_id))
 
     def prefetch(
-        self, versions: Sequence[AdapterVersion], pinned: frozenset[AdapterVersion]
+        self,
+        wanted: Sequence[AdapterVersion],
+        pinned: frozenset[AdapterVersion],
+        near: Sequence[AdapterVersion] = (),
     ) -> None:
         with self._changed:
-            self._order(lambda: self._engine.prefetch(versions, pinned))
+            self._order(lambda: self._engine.prefetch(wanted, pinned, near))
 
     def load(self) -> EngineLoad:
         load = self._engine.load()
