@@ -1,8 +1,10 @@
-"""Settings of placement and its heartbeat."""
+"""Settings of placement and its heartbeat, and of the number of replicas."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ClusterSettings(BaseModel):
@@ -36,3 +38,56 @@ class ClusterSettings(BaseModel):
         gt=0,
         description="A table older than this is replaced by the registry's own word.",
     )
+
+
+class AutoscalingSettings(BaseModel):
+    """When replicas are added and taken away, between `serve.min_replicas` and `serve.max_replicas`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    queue_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds of waiting work a replica may have before it is too much.",
+    )
+    kv_used: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Part of a replica's sequences or KV blocks in use, at most.",
+    )
+    misses_per_s: float = Field(
+        default=4.0,
+        gt=0,
+        description="Bank pressure: requests per second and replica whose adapter is not on the device, at most.",
+    )
+    first_token_s: float = Field(
+        default=5.0, gt=0, description="The 99th percentile of the time to first token, at most."
+    )
+    shrink_below: float = Field(
+        default=0.7,
+        gt=0,
+        lt=1,
+        description="A replica leaves only if those that stay would be below this part of every target.",
+    )
+    up_delay_s: float = Field(default=3.0, ge=0, description="Too much for so long: more replicas.")
+    down_delay_s: float = Field(
+        default=120.0, ge=0, description="Little for so long: one replica fewer, and so on."
+    )
+    settle_s: float = Field(
+        default=30.0,
+        ge=0,
+        description="So long after replicas came or went, misses and times to first token ask for none.",
+    )
+    report_s: float = Field(default=1.0, gt=0, le=10, description="How often replicas report.")
+    stale_after_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="While a replica has not reported for so long, none is taken away.",
+    )
+
+    @model_validator(mode="after")
+    def _reports_in_time(self) -> Self:
+        if self.stale_after_s < 2 * self.report_s:
+            raise ValueError("stale_after_s must be at least twice report_s")
+        return self

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cluster.config import ClusterSettings
+from cluster.config import AutoscalingSettings, ClusterSettings
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
 from training.config import TrainingSettings
@@ -33,11 +33,23 @@ class ServeSettings(BaseModel):
         default=False, description="Serve requests without a key. Only for a loopback address."
     )
     min_replicas: int = Field(default=1, ge=1)
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(
+        default=1, ge=1, description="More than min_replicas: their number follows the load."
+    )
     cpus_per_replica: float = Field(default=1.0, gt=0)
     gpus_per_replica: float = Field(default=0.0, ge=0)
     max_ongoing_requests: int = Field(default=256, ge=1, description="Per replica.")
-    request_timeout_s: float = Field(default=300.0, gt=0)
+    request_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="The longest a request may take; a replica that leaves is given as long to finish.",
+    )
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas is less than min_replicas")
+        return self
 
 
 class Settings(BaseSettings):
@@ -50,6 +62,7 @@ class Settings(BaseSettings):
     storage: StorageSettings = Field(default_factory=StorageSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)
+    autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)
 
