@@ -52,6 +52,7 @@ class ReplicaSpace:
     replica_id: str
     rows: int
     resident: frozenset[AdapterVersion] = frozenset()
+    unfit: frozenset[AdapterVersion] = frozenset()  # what it could not load: never planned here
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,14 @@ def place(
 
 
 def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[WantedAdapter]:
-    """The worthiest of the rows first; a successor right behind the version it replaces."""
+    """Reserved ones first, then the worthiest of the rows; a successor right behind the version it replaces."""
     items = {item.version: item for item in wanted}
 
-    def key(item: WantedAdapter) -> tuple[float, bool, AdapterVersion]:
+    def key(item: WantedAdapter) -> tuple[bool, float, bool, AdapterVersion]:
         judged = items.get(item.replaces, item) if item.replaces else item
         boost = INCUMBENT_BOOST if judged.version in previous.holders else 1.0
-        return -judged.value * boost, item.replaces is not None, item.version
+        is_kept = judged.is_reserved and judged.replaces is None
+        return not is_kept, -judged.value * boost, item.replaces is not None, item.version
 
     return sorted(items.values(), key=key)
 
@@ -177,6 +179,8 @@ class _Plan:
         return [*(replica_id for replica_id in planned if replica_id in self._spaces), *resident]
 
     def _fits(self, item: WantedAdapter, replica_id: str) -> bool:
+        if item.version in self._spaces[replica_id].unfit:
+            return False
         used = self._rows[replica_id]
         if used == 0:  # an adapter larger than the planned part may have the bank to itself
             return item.rows <= self._spaces[replica_id].rows

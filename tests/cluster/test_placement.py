@@ -239,3 +239,21 @@ def test_preference_is_the_same_everywhere_and_ignores_who_else_is_there() -> No
     order = preference(version(3), names)
     assert preference(version(3), reversed(names)) == order
     assert preference(version(3), names[:5]) == [name for name in order if name in names[:5]]
+
+
+def test_what_a_replica_could_not_load_is_planned_elsewhere() -> None:
+    item = adapter(1, copies=2)
+    first, second, third = preference(item.version, ["replica-0", "replica-1", "replica-2"])
+    live = [
+        replace(space, unfit=frozenset([item.version])) if space.replica_id == first else space
+        for space in spaces(3, rows=4)
+    ]
+    plan = place([item], live, Placement({item.version: (first,)}), SETTINGS)
+    assert set(plan.holders[item.version]) == {second, third}
+
+
+def test_a_reserved_version_has_its_rows_before_any_that_is_asked_for() -> None:
+    kept = WantedAdapter(version(1), rows=3, work=0.0, is_reserved=True)
+    hot = adapter(2, rows=3, work=100.0)
+    plan = place([hot, kept], spaces(1, rows=4), Placement({hot.version: ("replica-0",)}), SETTINGS)
+    assert plan.holders == {kept.version: ("replica-0",)} and plan.no_room == (hot.version,)
