@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from cluster.table import AdapterFacts, AliasKey
 from storage.errors import AdapterCorruptError
+from storage.history import newest_good, versions_of
 from storage.identity import AdapterName, AdapterVersion
-from storage.manifest import Manifest, ManifestContent
+from storage.manifest import ManifestContent
 from storage.registry import Registry
+from storage.summary import VersionSummary, pages_of
 
 REREAD_S = 60.0
 """A publisher that died before announcing its publish is still heard of after this long."""
@@ -20,42 +22,57 @@ _log = logging.getLogger(__name__)
 
 
 def facts_of(content: ManifestContent) -> AdapterFacts:
-    return AdapterFacts(rows=content.max_rank, num_bytes=content.num_bytes)
+    """What is known of a version that was found by its digest alone."""
+    return AdapterFacts(rows=pages_of(content), num_bytes=content.num_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedAdapter:
-    """One adapter: what its aliases mean, and its versions, oldest first."""
+    """One adapter: what its aliases mean, and its versions, oldest first.
+
+    `history`: alias → what it meant before, newest first; deleted versions are left out. `pinned_copies`: on how many
+    replicas an administrator wants it, 0 for none.
+    """
 
     name: AdapterName
     aliases: Mapping[str, AdapterVersion] = field(default_factory=dict)
-    versions: tuple[Manifest, ...] = ()
+    versions: tuple[VersionSummary, ...] = ()
+    history: Mapping[str, tuple[AdapterVersion, ...]] = field(default_factory=dict)
+    pinned_copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """All adapters of a registry at one generation."""
+    """All adapters of a registry at one generation. `quarantined`: version → why it must not be served."""
 
     generation: int = -1
     adapters: Mapping[AdapterName, PublishedAdapter] = field(default_factory=dict)
+    quarantined: Mapping[AdapterVersion, str] = field(default_factory=dict)
 
     @property
     def desired(self) -> dict[AliasKey, AdapterVersion]:
-        """Where every alias should point. A version that cannot be read is left out."""
-        known = self.facts
-        return {
-            (name.tenant, name.name, alias): version
-            for name, adapter in self.adapters.items()
-            for alias, version in adapter.aliases.items()
-            if version in known
-        }
+        """Where every alias should point: at its newest version that can be read and is not in quarantine.
+
+        An alias without such a version is left out.
+        """
+        facts = self.facts
+        desired = {}
+        for name, adapter in self.adapters.items():
+            for alias, version in adapter.aliases.items():
+                found = newest_good(
+                    (version, *adapter.history.get(alias, ())),
+                    lambda each: each in facts and each not in self.quarantined,
+                )
+                if found is not None:
+                    desired[name.tenant, name.name, alias] = found
+        return desired
 
     @property
     def facts(self) -> dict[AdapterVersion, AdapterFacts]:
         return {
-            manifest.version: facts_of(manifest.content)
+            summary.version: AdapterFacts(rows=summary.pages, num_bytes=summary.num_bytes)
             for adapter in self.adapters.values()
-            for manifest in adapter.versions
+            for summary in adapter.versions
         }
 
 
@@ -90,7 +107,7 @@ class PublishedReader:
             if adapter is not None:
                 adapters[name] = adapter
         self._read_s = self._clock()
-        fresh = Published(generation, adapters)
+        fresh = Published(generation, adapters, self._registry.quarantined())
         if fresh != self._last:
             self._last = fresh
         return self._last
@@ -98,10 +115,13 @@ class PublishedReader:
     def _read_adapter(self, name: AdapterName) -> PublishedAdapter | None:
         try:
             aliases = self._registry.aliases(name)
+            meant = {alias: versions_of(record) for alias, record in aliases.items()}
             return PublishedAdapter(
                 name,
-                {alias: AdapterVersion(record.version) for alias, record in aliases.items()},
-                tuple(self._registry.versions(name)),
+                {alias: versions[0] for alias, versions in meant.items()},
+                tuple(VersionSummary.of(manifest) for manifest in self._registry.versions(name)),
+                {alias: versions[1:] for alias, versions in meant.items()},
+                self._registry.pinned_copies(name),
             )
         except AdapterCorruptError as error:
             _log.error("adapter %s keeps what it had: %s", name, error.message)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from cluster.published import PublishedAdapter
 from cluster.table import PlacementTable, ReplicaReport
 from deployments.api import Api
-from storage.manifest import Manifest
+from storage.summary import VersionSummary
 
 router = APIRouter(prefix="/v1")
 
@@ -61,20 +61,19 @@ def _adapter(adapter: PublishedAdapter, table: PlacementTable, base_id: str) -> 
         "parent": base_id,
         "aliases": dict(adapter.aliases),
         "serving": serving,
-        "versions": [_version(manifest, table) for manifest in adapter.versions],
+        "versions": [_version(summary, table) for summary in adapter.versions],
     }
 
 
-def _version(manifest: Manifest, table: PlacementTable) -> dict[str, Any]:
-    content, provenance = manifest.content, manifest.provenance
+def _version(summary: VersionSummary, table: PlacementTable) -> dict[str, Any]:
     return {
-        "version": manifest.version,
-        "family": content.family,
-        "rank": content.max_rank,
-        "bytes": content.num_bytes,
-        "created": int(provenance.created_s),
-        "source": provenance.source,
-        "resident": list(table.residents.get(manifest.version, ())),
+        "version": summary.version,
+        "family": summary.family,
+        "rank": summary.rank,
+        "bytes": summary.num_bytes,
+        "created": int(summary.created_s),
+        "source": summary.source,
+        "resident": list(table.residents.get(summary.version, ())),
     }
 
 

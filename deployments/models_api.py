@@ -33,7 +33,7 @@ async def show_model(request: Request, model: str) -> dict[str, Any]:
     version = resolved.adapters.version
     published = await asyncio.to_thread(api.published)
     for adapter in _own(api, published):
-        if any(manifest.version == version for manifest in adapter.versions):
+        if any(summary.version == version for summary in adapter.versions):
             return {**_adapter(api, adapter), "id": model}
     raise UnknownModelError(f"the model {model!r} does not exist", param="model")
 
@@ -53,7 +53,7 @@ def _base(api: Api) -> dict[str, Any]:
 
 
 def _adapter(api: Api, adapter: PublishedAdapter) -> dict[str, Any]:
-    created_s = max((each.provenance.created_s for each in adapter.versions), default=0)
+    created_s = max((each.created_s for each in adapter.versions), default=0)
     return {
         "id": adapter.name.name,
         "object": "model",

@@ -65,6 +65,15 @@ class ModuleRows:
         """Rows of both kinds; one where there is only a scale or a bias."""
         return self.num_mul + self.num_add or int(bool(self.tensors()))
 
+    @property
+    def num_pages(self) -> int:
+        """Pages it takes in a bank, on the side that takes more: its stored rows, a scale's page and a bias's."""
+        has_scale = self.scale_O is not None or self.magnitude_O is not None
+        has_bias = not (self.bias_scale_O is self.bias_shift_O is self.bias_O is None)
+        num_in = self.num_mul * (self.mul_b_RI is not None) + self.num_add
+        num_out = self.num_mul * (self.mul_a_RO is not None) + self.num_add + has_scale + has_bias
+        return max(num_in, num_out)
+
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by field name."""
         named = {
@@ -114,6 +123,11 @@ class AdapterRows:
     def max_rank(self) -> int:
         """The most rows in any one projection."""
         return max((rows.num_rows for rows in self.modules.values()), default=0)
+
+    @property
+    def max_pages(self) -> int:
+        """The most bank pages it takes in any one projection."""
+        return max((rows.num_pages for rows in self.modules.values()), default=0)
 
     @property
     def num_bytes(self) -> int:

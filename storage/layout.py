@@ -7,9 +7,11 @@ import re
 from storage.identity import NAME_PATTERN, AdapterName, AdapterVersion
 
 GENERATION = "index/generation"
+QUARANTINE = "quarantine/"
 
 _ADAPTER = f"adapters/(?P<tenant>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
 _MANIFEST = re.compile(rf"{_ADAPTER}/versions/(?P<stem>[0-9a-f]{{64}})\.json")
+_QUARANTINE = re.compile(r"quarantine/(?P<stem>[0-9a-f]{64})\.json")
 _TOMBSTONE = re.compile(rf"{_ADAPTER}/tombstone\.json")
 _ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{NAME_PATTERN})\.json")
 
@@ -47,6 +49,14 @@ def tombstone(name: AdapterName) -> str:
     return f"{adapter_folder(name)}tombstone.json"
 
 
+def pin(name: AdapterName) -> str:
+    return f"{adapter_folder(name)}pin.json"
+
+
+def quarantine(version: AdapterVersion) -> str:
+    return f"{QUARANTINE}{version}.json"
+
+
 def parse_manifest(key: str) -> tuple[AdapterName, AdapterVersion] | None:
     """Whose manifest a key below `adapters/` is; None for any other object, such as one put there by hand."""
     found = _MANIFEST.fullmatch(key)
@@ -59,6 +69,12 @@ def parse_tombstone(key: str) -> AdapterName | None:
     """Whose tombstone a key below `adapters/` is; None for any other object."""
     found = _TOMBSTONE.fullmatch(key)
     return None if found is None else AdapterName(found["tenant"], found["name"])
+
+
+def parse_quarantine(key: str) -> AdapterVersion | None:
+    """Whose quarantine a key below `quarantine/` is; None for any other object."""
+    found = _QUARANTINE.fullmatch(key)
+    return None if found is None else AdapterVersion(found["stem"])
 
 
 def parse_alias(key: str) -> str | None:

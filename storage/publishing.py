@@ -61,8 +61,16 @@ def publish_adapter(
             base_name=base.name,
             warnings=_base_warnings(adapter, base) + _layer_warnings(base),
         ),
+        pages=adapter.rows.max_pages,
     )
-    registry.publish(name, files, manifest.content, provenance=manifest.provenance, alias=alias)
+    registry.publish(
+        name,
+        files,
+        manifest.content,
+        provenance=manifest.provenance,
+        alias=alias,
+        pages=manifest.pages,
+    )
     return manifest
 
 

@@ -9,14 +9,26 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from storage import layout
+from storage.adapter_records import (
+    NOTHING_DELETED,
+    list_versions,
+    no_adapter,
+    no_version,
+    read_alias_records,
+    read_aliases,
+    read_manifest,
+    read_tombstone,
+)
 from storage.errors import (
     AdapterCorruptError,
     AmbiguousModelError,
+    InvalidRequestError,
     UnknownModelError,
 )
+from storage.history import live_record, newest_good, versions_of
 from storage.identity import (
     DEFAULT_ALIAS,
     VERSION_PREFIX,
@@ -33,14 +45,15 @@ from storage.manifest import (
     FileEntry,
     Manifest,
     ManifestContent,
+    Pin,
     Provenance,
+    Quarantine,
     Tombstone,
 )
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
 from storage.records import decode, encode, read, swap
 
 _VERSION_START = re.compile(r"[0-9a-f]{8,64}")
-_NOTHING_DELETED = Tombstone(deleted_s=0.0)
 
 
 class Registry:
@@ -51,12 +64,14 @@ class Registry:
 
     Args:
         store: where everything is kept.
-        clock: seconds since the epoch; stamps deletes.
+        clock: seconds since the epoch; stamps moves and deletes.
     """
 
     def __init__(self, store: ObjectStore, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._clock = clock
+
+    # -- publishing ------------------------------------------------------------------------------
 
     def publish(
         self,
@@ -66,10 +81,12 @@ class Registry:
         *,
         provenance: Provenance,
         alias: str | None = DEFAULT_ALIAS,
+        pages: int | None = None,
     ) -> AdapterVersion:
         """Make a version exist and, unless `alias` is None, let the alias mean it.
 
-        The same content again is the same version and keeps the provenance it was first published with.
+        The same content again is the same version and keeps the provenance it was first published with; its files
+        are written again, which repairs them and lifts a quarantine.
 
         Raises:
             ValueError: `content.files` does not describe `files`.
@@ -88,34 +105,42 @@ class Registry:
         try:
             self._store.put_if_absent(
                 layout.manifest(name, version),
-                encode(Manifest(content=content, provenance=provenance)),
+                encode(Manifest(content=content, provenance=provenance, pages=pages)),
             )
         except PreconditionFailedError:
-            self._read_manifest(name, version)
+            read_manifest(self._store, name, version)
         self._revive(name, version)
+        if self._store.exists(layout.quarantine(version)):
+            self._store.delete(layout.quarantine(version))
         if alias is not None:
             self._move(name, alias, version)
-        self._bump_generation()
+        self._announce()
         return version
+
+    # -- reading ---------------------------------------------------------------------------------
 
     def resolve(self, name: AdapterName, selector: str = DEFAULT_ALIAS) -> AdapterVersion:
         """The version that a selector means now: an alias, a version, or at least 8 hex digits of its start.
 
-        An alias wins over a version's start; `sha256:` before the digits says that a version is meant.
+        An alias wins over a version's start; `sha256:` before the digits says that a version is meant. An alias
+        whose version is in quarantine means the newest version of its history that is not.
 
         Raises:
             UnknownModelError: no such adapter, alias or version. Does not tell which names other tenants use.
             AmbiguousModelError: several versions start like that.
+            AdapterCorruptError: all that it could mean is in quarantine.
         """
-        tombstone = self._tombstone(name)
+        record = None
         if is_name(selector):
             record = read(self._store, layout.alias(name, selector), AliasRecord)
-            if record is not None and _is_live(selector, record, tombstone):
-                return AdapterVersion(record.version)
+        tombstone = read_tombstone(self._store, name)
+        live = None if record is None else live_record(selector, record, tombstone)
+        if live is not None:
+            return self._intact(name, versions_of(live))
         digits = selector.removeprefix(VERSION_PREFIX)
         found: list[AdapterVersion] = []
         if _VERSION_START.fullmatch(digits):
-            found = self._live_versions(name, tombstone, digits)
+            found = list_versions(self._store, name, tombstone, digits)
         if len(found) > 1:
             raise AmbiguousModelError(
                 f"{len(found)} versions of adapter {name.name!r} start with {digits}; give more digits",
@@ -123,14 +148,14 @@ class Registry:
             )
         if not found:
             raise self._unknown(name, selector, tombstone)
-        return found[0]
+        return self._intact(name, found)
 
     def manifest(self, name: AdapterName, version: AdapterVersion) -> Manifest:
         """Raises UnknownModelError when the adapter has no such version, or it was deleted."""
         checked_version(version)
-        if version in self._tombstone(name).versions:
-            raise _no_version(name, version)
-        return self._read_manifest(name, version)
+        if version in read_tombstone(self._store, name).versions:
+            raise no_version(name, version)
+        return read_manifest(self._store, name, version)
 
     def content(self, version: AdapterVersion) -> ManifestContent:
         """What makes up a version, whatever name it has: all a replica needs to load it. Raises UnknownModelError."""
@@ -168,42 +193,83 @@ class Registry:
         return sorted(
             name
             for name, known in versions.items()
-            if name not in buried or known.difference(self._tombstone(name).versions)
+            if name not in buried or known.difference(read_tombstone(self._store, name).versions)
         )
 
     def versions(self, name: AdapterName) -> list[Manifest]:
         """Every version of an adapter, oldest first; empty when there is no such adapter."""
         found = [
-            self._read_manifest(name, version)
-            for version in self._live_versions(name, self._tombstone(name))
+            read_manifest(self._store, name, version)
+            for version in list_versions(self._store, name, read_tombstone(self._store, name))
         ]
         return sorted(found, key=lambda manifest: manifest.provenance.created_s)
 
     def aliases(self, name: AdapterName) -> dict[str, AliasRecord]:
-        """What each alias of an adapter means now; empty when there is no such adapter."""
-        tombstone = self._tombstone(name)
-        return {
-            alias: record
-            for alias, record in self._alias_records(name).items()
-            if _is_live(alias, record, tombstone)
-        }
+        """What each alias of an adapter means now, and meant; empty when there is no such adapter.
+
+        A version in quarantine is named here all the same: it is what the alias should mean.
+        """
+        return read_aliases(self._store, name)
+
+    def generation(self) -> int:
+        """A number that has grown after every change that others can see: poll it to hear of changes."""
+        try:
+            return _number(self._store.get(layout.GENERATION).data)
+        except ObjectNotFoundError:
+            return 0
+
+    # -- aliases ---------------------------------------------------------------------------------
 
     def move_alias(self, name: AdapterName, alias: str, version: AdapterVersion) -> AliasRecord:
-        """Let an alias mean a version, old or new; rolling back is moving it to an older one.
+        """Let an alias mean a version, old or new.
 
         Raises:
             UnknownModelError: the adapter has no such version.
+            AdapterCorruptError: the version is in quarantine.
             InvalidRequestError: `alias` is not a valid name.
             OverloadedError: others moved the alias faster than this call could; nothing changed.
         """
         checked_name(alias, param="alias")
         self.manifest(name, version)
+        self._intact(name, (version,))
         record = self._move(name, alias, version)
-        self._bump_generation()
+        self._announce()
         return record
 
+    def roll_back(self, name: AdapterName, alias: str) -> AliasRecord:
+        """Let an alias mean again what it meant before; a second call undoes the first.
+
+        Deleted versions and those in quarantine are passed over. Of several callers at once each takes one step.
+
+        Raises:
+            UnknownModelError: no such adapter or alias.
+            InvalidRequestError: it never meant another version that is still good.
+            OverloadedError: others moved the alias faster than this call could; nothing changed.
+        """
+        checked_name(alias, param="alias")
+
+        def step_back(old: AliasRecord | None) -> AliasRecord:
+            tombstone = read_tombstone(self._store, name)
+            live = None if old is None else live_record(alias, old, tombstone)
+            if old is None or live is None:
+                raise self._unknown(name, alias, tombstone)
+            target = newest_good(versions_of(live)[1:], self._is_intact)
+            if target is None:
+                raise InvalidRequestError(
+                    f"the alias {alias!r} of adapter {name.name!r} has no earlier version to go back to",
+                    param="alias",
+                )
+            return old.moved(target, self._clock())
+
+        record = swap(self._store, layout.alias(name, alias), AliasRecord, step_back)
+        assert record is not None  # `step_back` returns one or raises
+        self._announce()
+        return record
+
+    # -- deleting --------------------------------------------------------------------------------
+
     def delete(self, name: AdapterName) -> None:
-        """Take away every version and alias the adapter has now. Its files stay until garbage collection.
+        """Take away every version and alias the adapter has now, and its pin. Files stay until garbage collection.
 
         A publish that runs at the same time is either taken away whole or not at all.
 
@@ -212,37 +278,136 @@ class Registry:
         """
 
         def bury(old: Tombstone | None) -> Tombstone:
-            buried = old or _NOTHING_DELETED
+            buried = old or NOTHING_DELETED
             # Aliases first: a version whose alias is seen here is then seen too.
-            aliases = {
-                alias: found.generation for alias, found in self._alias_records(name).items()
-            }
-            versions = self._live_versions(name, buried)
+            records = read_alias_records(self._store, name)
+            aliases = {alias: found.generation for alias, found in records.items()}
+            versions = list_versions(self._store, name, buried)
             if not versions:
-                raise UnknownModelError(f"the adapter {name.name!r} does not exist", param="model")
-            return Tombstone(
-                versions=tuple(sorted({*buried.versions, *versions})),
-                aliases=buried.aliases | aliases,
-                deleted_s=self._clock(),
+                raise no_adapter(name)
+            return buried.with_deleted(versions, aliases, self._clock())
+
+        # Before the delete: a pin that outlived it would come back with the next publish.
+        self._store.delete(layout.pin(name))
+        swap(self._store, layout.tombstone(name), Tombstone, bury)
+        self._announce()
+
+    def delete_version(self, name: AdapterName, version: AdapterVersion) -> None:
+        """Take away one version that no alias means. An alias moved to it meanwhile goes back to what it meant before.
+
+        Raises:
+            UnknownModelError: the adapter has no such version.
+            InvalidRequestError: an alias means it.
+        """
+        checked_version(version)
+
+        def bury(old: Tombstone | None) -> Tombstone:
+            buried = old or NOTHING_DELETED
+            meant_by = sorted(
+                alias
+                for alias, record in read_aliases(self._store, name).items()
+                if record.version == version
             )
+            if meant_by:
+                raise InvalidRequestError(
+                    f"the alias {', '.join(meant_by)} of adapter {name.name!r} means version {version[:12]}; "
+                    "move it first",
+                    param="version",
+                )
+            if version not in list_versions(self._store, name, buried, version):
+                raise no_version(name, version)
+            return buried.with_deleted((version,), {}, self._clock())
 
         swap(self._store, layout.tombstone(name), Tombstone, bury)
-        self._bump_generation()
+        self._announce()
 
-    def generation(self) -> int:
-        """A number that has grown after every publish, alias move and delete: poll it to hear of changes."""
+    # -- quarantine and pins ---------------------------------------------------------------------
+
+    def quarantine(self, version: AdapterVersion, reason: str) -> bool:
+        """Keep a version from being served, under every name, until its content is published again.
+
+        Reads its files once more: whoever found them damaged may come after they were repaired.
+
+        Returns:
+            Whether it is in quarantine now; False when its files are as their digests say.
+        """
+        key = layout.quarantine(checked_version(version))
+        record = Quarantine(reason=reason, since_s=self._clock())
+        swap(self._store, key, Quarantine, lambda old: None if old else record)
+        # After the record is written: a publisher that repairs the files from here on takes it away itself.
+        if self.is_undamaged(version):
+            self._store.delete(key)
+            return False
+        self._announce()
+        return True
+
+    def quarantined(self) -> dict[AdapterVersion, str]:
+        """Every version in quarantine, and why."""
+        found = {}
+        for entry in self._store.list(layout.QUARANTINE):
+            version = layout.parse_quarantine(entry.key)
+            record = None if version is None else read(self._store, entry.key, Quarantine)
+            if version is not None and record is not None:
+                found[version] = record.reason
+        return found
+
+    def is_undamaged(self, version: AdapterVersion) -> bool:
+        """Whether every stored byte of a version is what its digests say. Reads all of them."""
         try:
-            return _number(self._store.get(layout.GENERATION).data)
-        except ObjectNotFoundError:
-            return 0
+            for entry in self.content(version).files.values():
+                self.read_file(entry)
+        except (AdapterCorruptError, UnknownModelError):
+            return False
+        return True
+
+    def pin(self, name: AdapterName, copies: int = 1) -> None:
+        """Ask for the adapter on at least so many replicas, whether or not anybody uses it.
+
+        Raises:
+            UnknownModelError: there is no such adapter.
+            InvalidRequestError: `copies` is not at least 1.
+        """
+        if copies < 1:
+            raise InvalidRequestError("an adapter is pinned to 1 replica or more", param="copies")
+        if not list_versions(self._store, name, read_tombstone(self._store, name)):
+            raise no_adapter(name)
+        swap(self._store, layout.pin(name), Pin, lambda _: Pin(copies=copies))
+        self._announce()
+
+    def unpin(self, name: AdapterName) -> None:
+        """Take a pin away; no error when there is none."""
+        self._store.delete(layout.pin(name))
+        self._announce()
+
+    def pinned_copies(self, name: AdapterName) -> int:
+        """On how many replicas the adapter is pinned; 0 when it is not."""
+        found = read(self._store, layout.pin(name), Pin)
+        return 0 if found is None else found.copies
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def _intact(self, name: AdapterName, versions: Sequence[AdapterVersion]) -> AdapterVersion:
+        found = newest_good(versions, self._is_intact)
+        if found is None:
+            record = read(self._store, layout.quarantine(versions[0]), Quarantine)
+            reason = "its files are damaged" if record is None else record.reason
+            raise AdapterCorruptError(
+                f"version {versions[0][:12]} of adapter {name.name!r} is in quarantine ({reason}); publish it again"
+            )
+        return found
+
+    def _is_intact(self, version: AdapterVersion) -> bool:
+        return not self._store.exists(layout.quarantine(version))
 
     def _move(self, name: AdapterName, alias: str, version: AdapterVersion) -> AliasRecord:
         def point(old: AliasRecord | None) -> AliasRecord | None:
             if old is None:
-                return AliasRecord(version=version, generation=1)
-            if old.version == version and _is_live(alias, old, self._tombstone(name)):
+                return AliasRecord(version=version, generation=1, moved_s=self._clock())
+            live = live_record(alias, old, read_tombstone(self._store, name))
+            is_live = live is not None and live.generation == old.generation
+            if is_live and old.version == version:
                 return None
-            return AliasRecord(version=version, generation=old.generation + 1)
+            return old.moved(version, self._clock())
 
         record = swap(self._store, layout.alias(name, alias), AliasRecord, point)
         assert record is not None  # `point` makes one when there is none
@@ -252,12 +417,11 @@ class Registry:
         def unbury(old: Tombstone | None) -> Tombstone | None:
             if old is None or version not in old.versions:
                 return None
-            kept = tuple(other for other in old.versions if other != version)
-            return old.model_copy(update={"versions": kept})
+            return old.without(version)
 
         swap(self._store, layout.tombstone(name), Tombstone, unbury)
 
-    def _bump_generation(self) -> None:
+    def _announce(self) -> None:
         """A lost race needs no second try: whoever won it wrote after our change, and so announces it as well."""
         try:
             current = self._store.get(layout.GENERATION)
@@ -272,44 +436,12 @@ class Registry:
         except PreconditionFailedError:
             pass
 
-    def _live_versions(
-        self, name: AdapterName, tombstone: Tombstone, start: str = ""
-    ) -> list[AdapterVersion]:
-        found = []
-        for entry in self._store.list(layout.versions_folder(name) + start):
-            parsed = layout.parse_manifest(entry.key)
-            if parsed is not None and parsed[1] not in tombstone.versions:
-                found.append(parsed[1])
-        return found
-
-    def _alias_records(self, name: AdapterName) -> dict[str, AliasRecord]:
-        records = {}
-        for entry in self._store.list(layout.aliases_folder(name)):
-            alias = layout.parse_alias(entry.key)
-            record = None if alias is None else read(self._store, entry.key, AliasRecord)
-            if alias is not None and record is not None:
-                records[alias] = record
-        return records
-
-    def _read_manifest(self, name: AdapterName, version: AdapterVersion) -> Manifest:
-        manifest = read(self._store, layout.manifest(name, version), Manifest)
-        if manifest is None:
-            raise _no_version(name, version)
-        if manifest.version != version:
-            raise AdapterCorruptError(
-                f"the manifest of adapter {name.name!r} version {version} is damaged"
-            )
-        return manifest
-
-    def _tombstone(self, name: AdapterName) -> Tombstone:
-        return read(self._store, layout.tombstone(name), Tombstone) or _NOTHING_DELETED
-
     def _unknown(self, name: AdapterName, selector: str, tombstone: Tombstone) -> UnknownModelError:
-        if self._live_versions(name, tombstone):
+        if list_versions(self._store, name, tombstone):
             return UnknownModelError(
                 f"the adapter {name.name!r} has no alias or version {selector!r}", param="model"
             )
-        return UnknownModelError(f"the adapter {name.name!r} does not exist", param="model")
+        return no_adapter(name)
 
 
 def _entry(data: bytes) -> FileEntry:
@@ -321,14 +453,3 @@ def _number(data: bytes) -> int:
         return int(data)
     except ValueError:
         raise AdapterCorruptError("the registry's index/generation is not a number") from None
-
-
-def _is_live(alias: str, record: AliasRecord, tombstone: Tombstone) -> bool:
-    return (
-        record.generation > tombstone.aliases.get(alias, 0)
-        and record.version not in tombstone.versions
-    )
-
-
-def _no_version(name: AdapterName, version: AdapterVersion) -> UnknownModelError:
-    return UnknownModelError(f"the adapter {name.name!r} has no version {version}", param="model")

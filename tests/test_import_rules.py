@@ -46,6 +46,9 @@ NO_TORCH += [
     "storage.local_store",
     "storage.s3_store",
     "storage.registry",
+    "storage.summary",
+    "storage.history",
+    "storage.adapter_records",
     "storage.base_checkpoint",
 ]
 """Modules that must run where torch is not installed, together with all they import."""
