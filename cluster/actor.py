@@ -18,6 +18,7 @@ import ray
 from pydantic import BaseModel, ConfigDict
 
 from cluster.config import ClusterSettings
+from cluster.figures import ClusterFigures
 from cluster.manager import PlacementManager
 from cluster.published import Published, PublishedReader
 from cluster.state import ClusterState
@@ -70,6 +71,7 @@ class PlacementActor:
             first_epoch=int(time.time() * 1000),
             clock=time.monotonic,
         )
+        self._figures = ClusterFigures()
         self._lock = threading.Lock()
         self._changed = threading.Event()
         self._called_s = time.monotonic()
@@ -80,6 +82,7 @@ class PlacementActor:
     def heartbeat(self, report: ReplicaReport) -> ReplicaOrders:
         with self._lock:
             self._called_s = time.monotonic()
+            self._figures.heard(report)
             return self._manager.heartbeat(report)
 
     def poll(self, known_epoch: int, demand: Mapping[AdapterVersion, DemandSample]) -> TableUpdate:
@@ -96,12 +99,14 @@ class PlacementActor:
         """Everything, for people to look at."""
         with self._lock:
             self._called_s = time.monotonic()
+            self._figures.planned(self._manager.placement.holders)
             return ClusterState(
                 table=self._manager.poll(-1).table or self._manager.table(),
                 reports=self._manager.reports(),
                 too_large=self._manager.placement.too_large,
                 no_room=self._manager.placement.no_room,
                 registry_error=self._registry_error,
+                figures=self._figures.read(),
             )
 
     def _follow_registry(self) -> None:
@@ -134,6 +139,7 @@ class PlacementActor:
             time.sleep(self._settings.tick_s)
             with self._lock:
                 self._manager.tick()
+                self._figures.planned(self._manager.placement.holders)
                 idle_s = time.monotonic() - self._called_s
             if idle_s > IDLE_EXIT_S:
                 _log.info("no replica or router has called for %.0f s; this manager ends", idle_s)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.table import AliasKey, PlacementTable, ReplicaReport
+from storage.figures import Figures
 from storage.identity import AdapterVersion
 
 
@@ -35,4 +36,6 @@ class ClusterState:
     pinned: Mapping[AdapterVersion, int] = field(default_factory=dict)  # copies an admin asked for
     heard_s: Mapping[str, float] = field(default_factory=dict)  # seconds since the last heartbeat
     prefetch: tuple[tuple[AdapterVersion, str], ...] = ()  # planned loads: version, replica id
+    figures: Mapping[str, Figures] = field(default_factory=dict)
+    """By replica id, also of replicas that left, and the manager's own; see `cluster.figures`."""
     is_settled: bool = True  # false for the first seconds of a manager, which then moves no alias

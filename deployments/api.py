@@ -10,6 +10,7 @@ from cluster.published import Published
 from cluster.state import ClusterState
 from cluster.view import TableView
 from deployments.gateway import EngineGateway
+from deployments.metrics.exposition import Metrics
 from deployments.model_names import ModelNames
 from deployments.text import TextCodec
 from storage.identity import DEFAULT_TENANT
@@ -32,6 +33,7 @@ class Api:
     view: TableView
     published: Callable[[], Published]
     cluster_state: Callable[[], Awaitable[ClusterState]]
+    metrics: Metrics
 
     @property
     def tenant(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,9 +14,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments import adapters_api, generation_api, models_api, service_api
+from deployments import adapters_api, generation_api, metrics_api, models_api, service_api
 from deployments.api import Api, new_request_id
 from deployments.errors import HttpError, NotLocalError, http_error, plain_error
+from deployments.metrics.requests import MeasuredApp, MeasuredGateway
 from deployments.version import VERSION
 from storage.errors import FloraError, InvalidRequestError, UnsupportedFieldError
 
@@ -31,13 +33,14 @@ def create_http_app(api: Api, *, is_behind_serve: bool = False) -> FastAPI:
         is_behind_serve: Ray Serve's HTTP server puts `x-request-id` on requests and responses itself.
     """
     app = FastAPI(title="FLoRA Cluster", version=VERSION)
-    app.state.api = api
-    for module in (generation_api, models_api, adapters_api, service_api):
+    app.state.api = replace(api, gateway=MeasuredGateway(api.gateway, api.metrics.requests))
+    for module in (generation_api, models_api, adapters_api, service_api, metrics_api):
         app.include_router(module.router)
     app.add_exception_handler(FloraError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_middleware(_Door, allows_remote=api.allows_remote, stamps_responses=not is_behind_serve)
+    app.add_middleware(MeasuredApp, metrics=api.metrics.requests)
     return app
 
 

@@ -20,6 +20,7 @@ from cluster.state import ClusterState
 from deployments.api import Api
 from deployments.gateway import ServeGateway
 from deployments.http_app import create_http_app
+from deployments.metrics.exposition import Metrics
 from deployments.model_names import ModelNames
 from deployments.settings import Settings
 from deployments.table_poller import shared_view
@@ -61,6 +62,7 @@ def http_app_builder(
                 view=view,
                 published=_last_good(PublishedReader(registry, time.monotonic)),
                 cluster_state=lambda: _cluster_state(spec),
+                metrics=Metrics(view),
             ),
             is_behind_serve=True,
         )

@@ -12,6 +12,7 @@ from cluster.actor import PlacementSpec
 from cluster.table import ReplicaOrders, ReplicaReport
 from deployments.gateway import ReplicaOutputs
 from deployments.heartbeat import Heartbeat
+from deployments.metrics.replica import replica_figures
 from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
 from deployments.settings import Settings
@@ -91,7 +92,7 @@ class EngineReplica:
             misses=load.misses,
             queued_work=load.queued_work,
             first_token_p99_s=load.first_token_p99_s,
-            figures=load.figures,
+            figures=replica_figures(load),
         )
 
     def _obey(self, orders: ReplicaOrders) -> None:

@@ -18,6 +18,7 @@ from cluster.view import TableView
 from deployments.api import Api
 from deployments.gateway import ReplicaOutputs
 from deployments.http_app import create_http_app
+from deployments.metrics.exposition import Metrics
 from deployments.model_names import ModelNames
 from deployments.request_streams import RequestStreams
 from deployments.text import TextCodec
@@ -83,6 +84,7 @@ def local_server(
             view=view,
             published=PublishedReader(world.registry, time.monotonic).read,
             cluster_state=no_manager,
+            metrics=Metrics(view),
         )
     )
     alone = LoneEngine(world)

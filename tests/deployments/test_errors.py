@@ -16,6 +16,7 @@ from deployments import errors as door_errors
 from deployments.api import Api
 from deployments.errors import http_error
 from deployments.http_app import create_http_app
+from deployments.metrics.exposition import Metrics
 from storage import errors
 from storage.errors import FloraError
 from tests.cluster.clocks import ManualClock
@@ -77,6 +78,7 @@ def app_parts(**parts: Any) -> Api:
         view=TableView(ManualClock()),
         published=Published,
         cluster_state=nothing,
+        metrics=Metrics(TableView(ManualClock())),
     )
     return replace(api, **parts)
 

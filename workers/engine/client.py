@@ -27,6 +27,7 @@ class EngineLoad:
     preemptions: int = 0  # sequences that gave their KV blocks back for a while, since start
     bank_rows_used: int = 0
     bank_rows: int = 0
+    bank_slots: int = 0  # adapters there can be on the device
     device: tuple[AdapterVersion, ...] = ()  # versions whose rows are on the device
     host: tuple[AdapterVersion, ...] = ()
     disk: tuple[AdapterVersion, ...] = ()

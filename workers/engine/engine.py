@@ -158,6 +158,7 @@ class Engine:
             preemptions=scheduler.num_preemptions,
             bank_rows_used=bank.rows_used,
             bank_rows=bank.num_rows,
+            bank_slots=bank.num_slots,
             device=bank.residents(),
             loads=counters.loads,
             evictions=counters.evictions,
