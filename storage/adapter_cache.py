@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from storage.adapter_rows import AdapterRows
@@ -21,8 +21,10 @@ from storage.disk_cache import DiskCache
 from storage.errors import AdapterCorruptError, AdapterRefusedError, FloraError
 from storage.formats.peft import read_peft
 from storage.identity import AdapterVersion
+from storage.load_stages import Stage, StageClock
 from storage.manifest import ManifestContent
 from storage.registry import Registry
+from storage.registry_reader import RegistryReader
 from storage.stores import open_store
 
 FAILURE_KEPT_S = 5.0
@@ -31,10 +33,11 @@ FAILURE_KEPT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class CachedAdapter:
-    """Rows, read-only and shared with other callers, and the nearest place they were found in."""
+    """Rows, read-only and shared with other callers, the nearest place they were found in, and how long that took."""
 
     rows: AdapterRows
     tier: Literal["host", "disk", "registry"]
+    stage_s: Mapping[Stage, float] = field(default_factory=dict)
 
 
 class AdapterCache:
@@ -52,7 +55,7 @@ class AdapterCache:
         settings: StorageSettings,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._registry = registry
+        self._registry = RegistryReader(registry, clock)
         self._clock = clock
         self._max_adapter_bytes = settings.max_adapter_bytes
         self._max_host_bytes = settings.host_bytes
@@ -68,19 +71,35 @@ class AdapterCache:
         """Before the registry that the settings name. Raises StoreUnavailableError, InvalidRequestError."""
         return cls(Registry(open_store(settings)), settings)
 
+    def find_near(self, version: AdapterVersion) -> CachedAdapter | None:
+        """An adapter's rows from memory or disk, None if they are on neither: never waits for the registry, nor for
+        whoever does.
+
+        Raises:
+            AdapterRefusedError: its files are whole and break a rule.
+        """
+        with self._lock:
+            near = self._on_host(version)
+        if near is None:
+            near = self._on_disk(version, StageClock())
+            if near is not None:
+                with self._lock:
+                    self._keep(version, near.rows)
+        return near
+
     def get(self, version: AdapterVersion) -> CachedAdapter:
         """An adapter's rows, bound to the base its manifest names. Blocks while it is read: not for a step thread.
 
         Raises:
             UnknownModelError: the registry has no such version. Not remembered: it may be published any moment.
             AdapterCorruptError, AdapterRefusedError: it exists and cannot be served. Remembered `FAILURE_KEPT_S`.
-            StoreUnavailableError: it is on no tier here and the registry cannot be reached.
+            StoreUnavailableError: it is on no tier here and the registry cannot be reached; told at once while that
+                is known.
         """
         with self._lock:
-            rows = self._host.get(version)
-            if rows is not None:
-                self._host.move_to_end(version)
-                return CachedAdapter(rows, "host")
+            near = self._on_host(version)
+            if near is not None:
+                return near
             self._raise_failure(version)
             load = self._loads.get(version)
             is_ours = load is None
@@ -90,12 +109,16 @@ class AdapterCache:
             self._run(version, load)
         return load.result()
 
+    def is_registry_up(self) -> bool:
+        """Whether the registry answered lately. Returns at once; to be asked now and then, as it probes when asked."""
+        return self._registry.is_up()
+
     def host_versions(self) -> frozenset[AdapterVersion]:
         with self._lock:
             return frozenset(self._host)
 
     def disk_versions(self) -> frozenset[AdapterVersion]:
-        """Versions on disk; found so by name, without reading them."""
+        """Versions on disk, known by name. The same object as long as nothing changes there."""
         return self._disk.versions()
 
     def check_integrity(self) -> None:
@@ -121,22 +144,39 @@ class AdapterCache:
         load.set_result(adapter)
 
     def _load(self, version: AdapterVersion) -> CachedAdapter:
-        cached = self._disk.read(version)
-        if cached is not None:
-            return CachedAdapter(_parse(*cached), "disk")
-        content = self._registry.content(version)
+        stages = StageClock()
+        near = self._on_disk(version, stages)
+        if near is not None:
+            return near
+        content = self._registry.content(version, stages)
         if content.num_bytes > self._max_adapter_bytes:
             raise AdapterRefusedError(
                 f"the adapter version {version} has {content.num_bytes:,} bytes; at most "
                 f"{self._max_adapter_bytes:,} are accepted here"
             )
-        files = {name: self._registry.read_file(entry) for name, entry in content.files.items()}
-        rows = _parse(content, files)
-        self._disk.write(content, files)
-        return CachedAdapter(rows, "registry")
+        files = {
+            name: self._registry.read_file(entry, stages) for name, entry in content.files.items()
+        }
+        rows = _parse(content, files, stages)
+        with stages.stage("disk_write"):
+            self._disk.write(content, files)
+        return CachedAdapter(rows, "registry", stages.stage_s)
+
+    def _on_host(self, version: AdapterVersion) -> CachedAdapter | None:
+        rows = self._host.get(version)
+        if rows is None:
+            return None
+        self._host.move_to_end(version)
+        return CachedAdapter(rows, "host")
+
+    def _on_disk(self, version: AdapterVersion, stages: StageClock) -> CachedAdapter | None:
+        cached = self._disk.read(version, stages)
+        if cached is None:
+            return None
+        return CachedAdapter(_parse(*cached, stages), "disk", stages.stage_s)
 
     def _keep(self, version: AdapterVersion, rows: AdapterRows) -> None:
-        if rows.num_bytes > self._max_host_bytes:
+        if version in self._host or rows.num_bytes > self._max_host_bytes:
             return
         self._host[version] = rows
         self._host_bytes += rows.num_bytes
@@ -154,5 +194,6 @@ class AdapterCache:
         del self._failures[version]
 
 
-def _parse(content: ManifestContent, files: Mapping[str, bytes]) -> AdapterRows:
-    return replace(read_peft(files).rows, base_digest=content.base_digest)
+def _parse(content: ManifestContent, files: Mapping[str, bytes], stages: StageClock) -> AdapterRows:
+    with stages.stage("parse"):
+        return replace(read_peft(files).rows, base_digest=content.base_digest)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from storage.adapter_directory import write_directory
+from storage.disk_index import DiskIndex
 from storage.errors import AdapterCorruptError, InvalidRequestError
-from storage.identity import AdapterVersion, is_version, sha256_hex
+from storage.identity import AdapterVersion, sha256_hex
+from storage.load_stages import StageClock
 from storage.manifest import FileEntry, ManifestContent
 from storage.records import decode, encode
 
@@ -31,15 +33,8 @@ _ABANDONED_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    path: Path
-    num_bytes: int
-    used_ns: int
-
-
 class DiskCache:
-    """A cache may fail: a disk that is full or read-only is logged, and costs only time.
+    """Safe to use from any thread. A cache may fail: a disk that is full or read-only is logged, and costs only time.
 
     Args:
         root: its directory, made when first needed.
@@ -49,22 +44,34 @@ class DiskCache:
     def __init__(self, root: Path, max_bytes: int) -> None:
         self._root = root.expanduser().absolute()
         self._max_bytes = max_bytes
+        self._lock = threading.Lock()  # of the index; adapters are read and written without it
+        self._index = DiskIndex(self._root)
         self._remove_abandoned()
+        self._index.refresh()
 
-    def read(self, version: AdapterVersion) -> tuple[ManifestContent, dict[str, bytes]] | None:
-        """A version's content and files, and count it as used. None if it is not here, or was damaged: then it goes."""
+    def read(
+        self, version: AdapterVersion, stages: StageClock | None = None
+    ) -> tuple[ManifestContent, dict[str, bytes]] | None:
+        """A version's content and files, and count it as used. None if it is not here, or was damaged: then it goes.
+
+        Args:
+            stages: measures the reading and the check of digests.
+        """
+        stages = stages or StageClock()
         folder = self._root / version
+        if not folder.is_dir():
+            return None
         try:
-            described = (folder / _CONTENT).read_bytes()
-            if sha256_hex(described) != version:
-                raise AdapterCorruptError(f"the cached content of {version} is damaged")
-            content = decode(described, ManifestContent, f"of the cached version {version}")
-            files = {name: _checked(folder, name, entry) for name, entry in content.files.items()}
+            content = _read_content(folder, stages)
+            files = {
+                name: _read_file(folder, name, entry, stages)
+                for name, entry in content.files.items()
+            }
             os.utime(folder)
         except (AdapterCorruptError, OSError) as error:
             if folder.is_dir():
                 _log.warning("dropping a cached adapter: %s", error)
-                self._remove(folder)
+                self._remove(version)
             return None
         return content, files
 
@@ -74,45 +81,45 @@ class DiskCache:
         num_bytes = len(described) + content.num_bytes
         if num_bytes > self._max_bytes:
             return
+        version = content.version
         try:
             self._make_room(num_bytes)
-            write_directory(self._root / content.version, {_CONTENT: described, **files})
+            write_directory(self._root / version, {_CONTENT: described, **files})
         except (InvalidRequestError, OSError) as error:
-            if (self._root / content.version).is_dir():
+            if (self._root / version).is_dir():
                 return  # another replica wrote it
             _log.warning("the adapter cache cannot be written: %s", error)
+            return
+        with self._lock:
+            self._index.add(version, num_bytes)
 
     def versions(self) -> frozenset[AdapterVersion]:
-        try:
-            return frozenset(
-                AdapterVersion(path.name) for path in self._root.iterdir() if is_version(path.name)
-            )
-        except OSError:
-            return frozenset()
+        """What is here, by name; the same object as long as nothing changes, so asking often costs little."""
+        with self._lock:
+            return self._index.versions()
+
+    def check_integrity(self) -> bool:
+        """The index agrees with itself, and is within the budget if nobody else writes."""
+        with self._lock:
+            return self._index.check_integrity() and self._index.total_bytes <= self._max_bytes
 
     def _make_room(self, num_bytes: int) -> None:
-        kept = sorted(self._kept(), key=lambda one: one.used_ns)
-        used = sum(one.num_bytes for one in kept)
-        for one in kept:
-            if used + num_bytes <= self._max_bytes:
+        while True:
+            with self._lock:
+                self._index.refresh()
+                is_enough = self._index.total_bytes + num_bytes <= self._max_bytes
+                version = None if is_enough else self._index.longest_unused()
+            if version is None:
                 return
-            self._remove(one.path)
-            used -= one.num_bytes
+            self._remove(version)
 
-    def _kept(self) -> list[_Kept]:
-        kept = []
-        for version in self.versions():
-            path = self._root / version
-            with suppress(FileNotFoundError):  # removed meanwhile
-                num_bytes = sum(file.stat().st_size for file in path.iterdir())
-                kept.append(_Kept(path, num_bytes, path.stat().st_mtime_ns))
-        return kept
-
-    def _remove(self, folder: Path) -> None:
+    def _remove(self, version: AdapterVersion) -> None:
+        with self._lock:
+            self._index.forget(version)
         # Out of sight in one step, so that no reader meets half a version.
         removed = self._root / f"~{uuid.uuid4().hex}"
         try:
-            folder.rename(removed)
+            (self._root / version).rename(removed)
             shutil.rmtree(removed)
         except FileNotFoundError:
             return  # another replica was faster
@@ -129,8 +136,21 @@ class DiskCache:
                     shutil.rmtree(path)
 
 
-def _checked(folder: Path, name: str, entry: FileEntry) -> bytes:
-    data = (folder / name).read_bytes()
-    if FileEntry(sha256=sha256_hex(data), num_bytes=len(data)) != entry:
+def _read_content(folder: Path, stages: StageClock) -> ManifestContent:
+    with stages.stage("disk_read"):
+        described = (folder / _CONTENT).read_bytes()
+    with stages.stage("digest"):
+        is_whole = sha256_hex(described) == folder.name
+    if not is_whole:
+        raise AdapterCorruptError(f"the cached content of {folder.name} is damaged")
+    return decode(described, ManifestContent, f"of the cached version {folder.name}")
+
+
+def _read_file(folder: Path, name: str, entry: FileEntry, stages: StageClock) -> bytes:
+    with stages.stage("disk_read"):
+        data = (folder / name).read_bytes()
+    with stages.stage("digest"):
+        is_whole = FileEntry(sha256=sha256_hex(data), num_bytes=len(data)) == entry
+    if not is_whole:
         raise AdapterCorruptError(f"the cached file {name} of {folder.name} is damaged")
     return data

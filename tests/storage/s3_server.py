@@ -22,21 +22,27 @@ _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 @dataclass(frozen=True)
 class Failure:
-    """An answer instead of the real one, or with `applied` after the request was carried out: a lost answer."""
+    """An answer instead of the real one, or with `applied` after the request was carried out: a lost answer; or with
+    `is_cut` only the first half of the real one.
+    """
 
     status: str = ""  # "503 Slow Down"; empty closes the connection instead
     code: str = ""
     applied: bool = False
+    is_cut: bool = False
 
 
 @dataclass
 class S3Server:
-    """A running server. `failures` are the answers to the next requests; `requests` what was asked, by method."""
+    """A running server. `failures` are the answers to the next requests; `requests` what was asked, by method;
+    `ranges` the parts of objects that were asked for.
+    """
 
     application: _Application
     url: str = ""
     failures: deque[Failure] = field(default_factory=deque)
     requests: list[str] = field(default_factory=list)
+    ranges: list[str] = field(default_factory=list)
     # S3 decides each conditional write atomically; moto looks and then writes, so its requests must take turns.
     turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -45,11 +51,16 @@ class S3Server:
     ) -> Iterable[bytes]:
         with self.turn:
             self.requests.append(environ["REQUEST_METHOD"])
+            if "HTTP_RANGE" in environ:
+                self.ranges.append(environ["HTTP_RANGE"])
             failure = self.failures.popleft() if self.failures else None
             if failure is None:
                 return list(self.application(environ, start_response))
             if failure.applied:
                 list(self.application(environ, lambda *_: None))
+            if failure.is_cut:
+                body = b"".join(self.application(environ, start_response))
+                return [body[: len(body) // 2]]
             if not failure.status:
                 environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
                 return []

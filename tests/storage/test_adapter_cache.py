@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from storage.identity import AdapterVersion
 from storage.local_store import LocalObjectStore
 from storage.object_store import StoredObject
 from storage.registry import Registry
+from storage.registry_reader import PROBE_AWAY_S
 from tests.storage.passing_store import PassingStore
 from tests.storage.published import ROWS_BYTES, is_same, publish_rows
 from tests.storage.versions import publish
@@ -73,6 +75,13 @@ def cache_settings(tmp_path: Path) -> StorageSettings:
     return StorageSettings(cache_dir=tmp_path / "cache")
 
 
+def eventually(holds: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+
+
 def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -103,7 +112,8 @@ def test_what_is_near_keeps_serving_while_the_registry_is_away(
     store: _WatchedStore, registry: Registry, cache_settings: StorageSettings
 ) -> None:
     one, two = publish_rows(registry, 1), publish_rows(registry, 2)
-    cache = AdapterCache(registry, cache_settings)
+    clock = _Clock()
+    cache = AdapterCache(registry, cache_settings, clock)
     cache.get(one)
     store.is_away = True
     assert cache.get(one).tier == "host"
@@ -111,7 +121,37 @@ def test_what_is_near_keeps_serving_while_the_registry_is_away(
     with pytest.raises(StoreUnavailableError):
         cache.get(two)
     store.is_away = False
-    assert cache.get(two).tier == "registry", "an outage is not remembered"
+    clock.now_s += PROBE_AWAY_S
+    eventually(cache.is_registry_up)
+    assert cache.get(two).tier == "registry", "an outage is not remembered once it is over"
+
+
+def test_what_is_near_is_found_without_the_registry(
+    store: _WatchedStore, registry: Registry, cache_settings: StorageSettings
+) -> None:
+    version, far = publish_rows(registry, 1), publish_rows(registry, 2)
+    cache = AdapterCache(registry, cache_settings)
+    cache.get(version)
+    store.reads.clear()
+    for one, tier in ((cache, "host"), (AdapterCache(registry, cache_settings), "disk")):
+        found = one.find_near(version)
+        assert found is not None and found.tier == tier and is_same(found.rows, 1)
+        assert one.find_near(version) is not None and one.host_versions() == {version}
+        assert one.find_near(far) is None
+        one.check_integrity()
+    assert not store.reads
+
+
+def test_every_stage_of_a_load_is_measured(
+    registry: Registry, cache_settings: StorageSettings
+) -> None:
+    version = publish_rows(registry, 1)
+    cache = AdapterCache(registry, cache_settings)
+    far, near = cache.get(version), AdapterCache(registry, cache_settings).get(version)
+    assert far.stage_s.keys() == {"registry", "digest", "parse", "disk_write"}
+    assert near.stage_s.keys() == {"disk_read", "digest", "parse"}
+    assert all(0 < seconds < 60 for one in (far, near) for seconds in one.stage_s.values())
+    assert not cache.get(version).stage_s
 
 
 @pytest.mark.parametrize(
@@ -204,7 +244,8 @@ def test_all_who_wait_for_a_failing_load_are_told(
     store: _WatchedStore, registry: Registry, cache_settings: StorageSettings
 ) -> None:
     version = publish_rows(registry, 1)
-    cache = AdapterCache(registry, cache_settings)
+    clock = _Clock()
+    cache = AdapterCache(registry, cache_settings, clock)
     store.gate.clear()
     store.is_away = True
     with ThreadPoolExecutor(4) as threads:
@@ -215,6 +256,8 @@ def test_all_who_wait_for_a_failing_load_are_told(
                 future.result(timeout=30)
     cache.check_integrity()
     store.is_away = False
+    clock.now_s += PROBE_AWAY_S
+    eventually(cache.is_registry_up)
     assert is_same(cache.get(version).rows, 1)
 
 

@@ -134,3 +134,66 @@ def test_leftovers_of_a_killed_replica_are_removed_after_an_hour(tmp_path: Path)
     cache = DiskCache(tmp_path, 1 << 20)
     assert young.exists() and not old.exists()
     assert cache.versions() == frozenset()
+
+
+def test_caches_that_share_a_directory_see_what_the_others_do(
+    tmp_path: Path, one_size: int
+) -> None:
+    root = tmp_path / "cache"
+    one, other = DiskCache(root, 3 * one_size), DiskCache(root, 3 * one_size)
+    for number in range(4):
+        (one, other)[number % 2].write(*_adapter(number))
+        time.sleep(0.01)
+        assert one.versions() == other.versions()
+    assert one.versions() == {_version(1), _version(2), _version(3)}
+    (root / _version(2) / "adapter_config.json").unlink()
+    assert other.read(_version(2)) is None
+    assert one.versions() == {_version(1), _version(3)}
+    assert one.check_integrity() and other.check_integrity()
+
+
+def test_what_another_replica_uses_is_not_the_longest_unused(tmp_path: Path, one_size: int) -> None:
+    root = tmp_path / "cache"
+    one, other = DiskCache(root, 2 * one_size), DiskCache(root, 2 * one_size)
+    for number in (0, 1):
+        one.write(*_adapter(number))
+        time.sleep(0.01)
+    assert other.read(_version(0)) is not None
+    time.sleep(0.01)
+    one.write(*_adapter(2))
+    assert one.versions() == {_version(0), _version(2)}
+
+
+def test_a_directory_in_which_nothing_happens_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    DiskCache(tmp_path, 1 << 20).write(*_adapter(0))
+    time.sleep(0.1)  # until the file system's clock has moved on
+    cache = DiskCache(tmp_path, 1 << 20)
+    held = cache.versions()
+
+    def refuse(path: object) -> None:
+        raise AssertionError(f"{path} was listed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        assert all(cache.versions() is held for _ in range(3))
+    DiskCache(tmp_path, 1 << 20).write(*_adapter(1))
+    assert cache.versions() == {_version(0), _version(1)}
+
+
+def test_thousands_of_versions_are_found_again_and_the_oldest_go_first(tmp_path: Path) -> None:
+    total = 3000
+    names = [f"{number:064x}" for number in range(total)]
+    for number, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(bytes(1000))
+        os.utime(tmp_path / name, ns=(number, number))
+    cache = DiskCache(tmp_path, total * 1000)
+    assert len(cache.versions()) == total
+    for number in range(4):  # of a little over 2,000 bytes each
+        cache.write(*_adapter(number))
+    gone = {name for name in names if not (tmp_path / name).exists()}
+    assert 8 <= len(gone) <= 12 and gone == set(names[: len(gone)])
+    assert cache.versions() == set(names) - gone | {_version(number) for number in range(4)}
+    assert cache.check_integrity()
