@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -90,6 +90,10 @@ class PlacementActor:
             self._called_s = time.monotonic()
             self._manager.observe(demand)
             return self._manager.poll(known_epoch)
+
+    def leave(self, replica_ids: Collection[str]) -> None:
+        with self._lock:
+            self._manager.leave(replica_ids)
 
     def nudge(self) -> None:
         """Something was published: read the registry now instead of at the next poll."""

@@ -6,7 +6,7 @@ is rebuilt from the registry and from the replicas' next heartbeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from cluster.config import ClusterSettings
@@ -52,6 +52,7 @@ class PlacementManager:
         self._clock = clock
         self._planner = PlacementPlanner(settings, clock)
         self._replicas: dict[str, _Seen] = {}
+        self._leaving: frozenset[str] = frozenset()
         self._desired: Mapping[AliasKey, AdapterVersion] = {}
         self._facts: Mapping[AdapterVersion, AdapterFacts] = {}
         self._serving: dict[AliasKey, AdapterVersion] = {}
@@ -60,12 +61,29 @@ class PlacementManager:
     # -- what the world reports ------------------------------------------------------------------
 
     def heartbeat(self, report: ReplicaReport) -> ReplicaOrders:
-        """Take one replica's report; answer what it should hold. A new replica gets its part of the plan at once."""
+        """Take one replica's report; answer what it should hold. A new replica gets its part of the plan at once.
+
+        One that is leaving is to hold nothing more than its requests need.
+        """
+        if report.replica_id in self._leaving:
+            return ReplicaOrders(self._table.epoch)
         before = self._replicas.get(report.replica_id)
         self._replicas[report.replica_id] = _Seen(report, self._clock())
         if before is None or before.report.rows != report.rows:
             self.tick()
         return self._orders(report.replica_id)
+
+    def leave(self, replica_ids: Collection[str]) -> None:
+        """Take all that are leaving now, in place of those named before: they finish their requests and get no more.
+
+        They are nobody's home from this moment on. One that is no longer named is a replica like any other.
+        """
+        self._leaving = frozenset(replica_ids)
+        gone = self._leaving & self._replicas.keys()
+        for replica_id in gone:
+            del self._replicas[replica_id]
+        if gone:
+            self.tick()
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
         """Take one router's report of what it was asked for since its last one."""

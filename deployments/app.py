@@ -11,12 +11,13 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
-from cluster.actor import PlacementSpec
+from cluster.actor import NAMESPACE, PlacementSpec
 from deployments.ingress import Ingress, http_app_builder
 from deployments.replica import EngineReplica
 from deployments.router import AdapterRouter
+from deployments.scaling_policy import ScalingPolicy
 from deployments.settings import Settings, read_settings
 from storage.errors import SpecificationError
 
@@ -25,7 +26,9 @@ INGRESS = "Ingress"
 _INGRESS_CPUS = 0.1
 _INGRESS_ONGOING = 2048
 _HEALTH_CHECK_S = 5.0
-_SHUTDOWN_GRACE_S = 10.0
+_LAST_WORDS_S = 10.0  # from the end of a replica's last request to its own
+_DRAIN_LOOK_S = 0.5  # how often it looks whether its requests have ended
+_REPORTS_KEPT = 5
 
 
 def build_app(args: Settings | Mapping[str, Any]) -> Application:
@@ -49,6 +52,8 @@ def build_app(args: Settings | Mapping[str, Any]) -> Application:
         max_ongoing_requests=_INGRESS_ONGOING,
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         health_check_period_s=_HEALTH_CHECK_S,
+        graceful_shutdown_timeout_s=_grace_s(settings),
+        graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
     )
     return ingress.bind(engine)
 
@@ -65,15 +70,6 @@ def placement_spec(settings: Settings) -> PlacementSpec:
 
 def _engine_deployment(settings: Settings, spec: PlacementSpec) -> serve.Deployment:
     sizes = settings.serve
-    scaling: dict[str, Any] = {"num_replicas": sizes.min_replicas}
-    if sizes.max_replicas > sizes.min_replicas:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": sizes.min_replicas,
-                "max_replicas": sizes.max_replicas,
-                "target_ongoing_requests": settings.engine.max_sequences,
-            }
-        }
     return serve.deployment(EngineReplica).options(
         name=ENGINE,
         max_ongoing_requests=sizes.max_ongoing_requests,
@@ -84,9 +80,42 @@ def _engine_deployment(settings: Settings, spec: PlacementSpec) -> serve.Deploym
             request_router_kwargs={"spec": spec.model_dump(mode="json")},
         ),
         health_check_period_s=_HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=_SHUTDOWN_GRACE_S,
-        **scaling,
+        graceful_shutdown_timeout_s=_grace_s(settings),
+        graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
+        **_scaling(settings, spec),
     )
+
+
+def _scaling(settings: Settings, spec: PlacementSpec) -> dict[str, Any]:
+    """A fixed number of replicas, or one that `ScalingPolicy` decides: delays and factors of Serve's are not used."""
+    sizes, autoscaling = settings.serve, settings.autoscaling
+    if sizes.max_replicas == sizes.min_replicas:
+        return {"num_replicas": sizes.min_replicas}
+    policy = AutoscalingPolicy(
+        policy_function=ScalingPolicy,
+        policy_kwargs={
+            "settings": autoscaling.model_dump(mode="json"),
+            "manager": spec.actor_name,
+            "namespace": NAMESPACE,
+            "drain_s": _grace_s(settings),
+        },
+    )
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=sizes.min_replicas,
+            max_replicas=sizes.max_replicas,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=autoscaling.report_s,
+            look_back_period_s=_REPORTS_KEPT * autoscaling.report_s,
+            policy=policy,
+        )
+    }
+
+
+def _grace_s(settings: Settings) -> float:
+    """How long a replica that leaves may take: whatever it answers ends by then."""
+    return settings.serve.request_timeout_s + _LAST_WORDS_S
 
 
 def _check_door(settings: Settings) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import AsyncGenerator
 from functools import partial
 
@@ -12,6 +15,7 @@ from cluster.actor import PlacementSpec
 from cluster.table import ReplicaOrders, ReplicaReport
 from deployments.gateway import ReplicaOutputs
 from deployments.heartbeat import Heartbeat
+from deployments.load_signals import LoadSignals
 from deployments.metrics.replica import replica_figures
 from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
@@ -21,6 +25,9 @@ from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
 from workers.models.loading import with_local_base
 from workers.threads import usable_cpus
+
+_LAST_WORDS_S = 10.0
+"""So long after its engine has ended, a replica has passed on what the engine said last."""
 
 
 def _node_cpus(node_id: str) -> float:
@@ -36,6 +43,7 @@ class EngineReplica:
         self._replica_id = serve.get_replica_context().replica_id.unique_id
         self._node_id = ray.get_runtime_context().get_node_id()
         self._host_bytes = settings.storage.host_bytes
+        self._is_ending = False
         threads = replica_threads(
             settings, usable_cpus=usable_cpus(), node_cpus=_node_cpus(self._node_id)
         )
@@ -43,6 +51,7 @@ class EngineReplica:
         engine = engine.model_copy(update={"threads": threads})
         self._client = build_client(engine, partial(AdapterCache.open, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
+        self._signals = LoadSignals(time.monotonic)
         Heartbeat(spec, self._report, self._obey).start()
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
@@ -56,12 +65,25 @@ class EngineReplica:
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""
         if not self._client.is_alive():
+            self._end_soon()
             raise RuntimeError("the engine is gone or stuck")
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every `autoscaling.report_s`, for `ScalingPolicy`. Nothing from an engine that is gone."""
+        if not self._client.is_alive():
+            return {}
+        return self._signals.read(self._client.load()).as_stats()
 
     def __del__(self) -> None:
         client = getattr(self, "_client", None)
         if client is not None:
             client.stop()
+
+    def _end_soon(self) -> None:
+        """Serve would wait for requests that nobody works on, as long as the longest may take."""
+        if not self._is_ending:
+            self._is_ending = True
+            threading.Timer(_LAST_WORDS_S, os._exit, [1]).start()
 
     def _report(self) -> ReplicaReport | None:
         if not self._client.is_alive():

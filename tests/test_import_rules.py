@@ -50,6 +50,7 @@ NO_TORCH += [
     "storage.history",
     "storage.adapter_records",
     "storage.base_checkpoint",
+    "deployments.scaling_policy",  # runs in Serve's controller
 ]
 """Modules that must run where torch is not installed, together with all they import."""
 

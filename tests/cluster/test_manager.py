@@ -71,6 +71,25 @@ def test_a_first_version_serves_at_once(cluster: Cluster) -> None:
     assert table.facts[version(1)].work_per_token == 5.0
 
 
+def test_a_replica_that_is_leaving_is_nobodys_home_while_it_finishes_its_requests(
+    cluster: Cluster,
+) -> None:
+    cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
+    cluster.ask(version(1), requests=1000)
+    for _ in range(3):
+        cluster.manager.tick()
+        table = cluster.beat()
+    assert set(table.holders[version(1)]) == {"a", "b"}
+    cluster.manager.leave(["b"])
+    for _ in range(3):  # its heart goes on beating
+        table = cluster.beat()
+        assert table.holders[version(1)] == ("a",)
+        assert set(table.replicas) == {"a"} and table.residents[version(1)] == ("a",)
+    assert cluster.manager.heartbeat(report("b", version(1))).wanted == ()
+    cluster.manager.leave([])
+    assert set(cluster.beat().replicas) == {"a", "b"}, "it stays after all"
+
+
 def test_a_deleted_alias_serves_no_longer(cluster: Cluster) -> None:
     cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
     cluster.ask(version(1))
