@@ -1,14 +1,11 @@
-"""The whole application on a real Ray: two replicas, banks smaller than what is asked of them, and things that die."""
+"""The whole application on a real Ray: two replicas, and banks smaller than what is asked of them."""
 
 from __future__ import annotations
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +13,16 @@ import httpx
 import openai
 import psutil
 import pytest
-import ray
 
 from cli.local_cluster import LocalCluster
-from cluster.actor import connect
-from deployments.app import build_app, placement_spec
-from deployments.launching import deploy, undeploy
-from deployments.text import TextCodec
+from deployments.app import build_app
 from storage.errors import SpecificationError
 from storage.identity import AdapterVersion
-from tests.deployments.world import BASE_ID, LoneEngine, World, settings_for
+from tests.deployments.serving import Served, serve_world, until
+from tests.deployments.world import BASE_ID, World, settings_for
 
 PROMPTS = ["the quick brown", "a few small words", "user", "lazy dog jumps", "system over"]
 RANKS = {"rank-1": 1, "rank-2": 2, "rank-3": 3, "rank-5": 5, "rank-7": 7}
-
-
-@dataclass
-class Served:
-    """The application under test, and the engine alone to compare with."""
-
-    url: str
-    world: World
-    codec: TextCodec
-    alone: LoneEngine
-    ray: LocalCluster
-    versions: dict[str, AdapterVersion | None] = field(default_factory=dict)
-    _known: dict[tuple[str, AdapterVersion | None, int], str] = field(default_factory=dict)
-
-    def publish(self, name: str, rank: int, seed: int, family: str = "flora") -> AdapterVersion:
-        version = self.world.publish(name, rank, seed, family)
-        self.versions[name] = version
-        return version
-
-    def expected(self, prompt: str, version: AdapterVersion | None, max_tokens: int) -> str:
-        """What the engine alone answers greedily."""
-        key = (prompt, version, max_tokens)
-        if key not in self._known:
-            tokens = self.alone.answer(self.codec.encode(prompt), version, max_tokens)
-            self._known[key] = self.codec.decode(tokens)
-        return self._known[key]
-
-    def complete(
-        self, model: str, prompt: str, max_tokens: int = 8, **fields: Any
-    ) -> httpx.Response:
-        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, **fields}
-        return httpx.post(
-            f"{self.url}/v1/completions",
-            json={"temperature": 0, "ignore_eos": True, **body},
-            timeout=120,
-        )
-
-    def is_right(self, response: httpx.Response, model: str, prompt: str, max_tokens: int) -> bool:
-        """The answer is the model's own, and says so."""
-        assert response.status_code == 200, response.text
-        version = self.versions[model]
-        text = response.json()["choices"][0]["text"]
-        named: str | None = response.headers.get("x-adapter-version")
-        return named == version and bool(text == self.expected(prompt, version, max_tokens))
-
-    def state(self) -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{self.url}/v1/cluster", timeout=30).json()
-        return answer
-
-    def engine_processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.Process(self.ray.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if any("ServeReplica:flora:Engine" in word for word in process.cmdline()):
-                    found.append(process)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -94,26 +32,11 @@ def served(
     settings = settings_for(
         tiny_llama_dir, tmp_path_factory.mktemp("served"), min_replicas=2, max_replicas=2
     )
-    world = World.create(tiny_llama_dir, settings)
-    alone = LoneEngine(world)
-    try:
-        url = deploy(settings)
-        served = Served(url, world, TextCodec.open(settings.engine), alone, ray_session)
-        served.versions[BASE_ID] = None
+    with serve_world(World.create(tiny_llama_dir, settings), ray_session) as served:
         for name, rank in RANKS.items():
             served.publish(name, rank, seed=rank)
         served.publish("lora", rank=4, seed=40, family="lora")
         yield served
-    finally:
-        undeploy()
-        alone.client.stop()
-
-
-def until(condition: Callable[[], bool], what: str, within_s: float = 60) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"{what}: not within {within_s} s"
-        time.sleep(0.1)
 
 
 def test_the_stock_client_lists_completes_chats_and_streams(served: Served) -> None:
@@ -282,79 +205,6 @@ def test_only_this_machine_can_reach_the_server(served: Served) -> None:
                 if each.status == psutil.CONN_LISTEN and each.laddr.port == port
             }
     assert bound == {"127.0.0.1"}
-
-
-def test_a_dead_placement_manager_costs_no_answer_and_comes_back(served: Served) -> None:
-    before = served.state()["epoch"]
-    ray.kill(connect(placement_spec(served.world.settings)), no_restart=False)
-    for model in RANKS:
-        assert served.is_right(served.complete(model, "the"), model, "the", 8)
-
-    def is_back() -> bool:
-        with suppress(KeyError):
-            state = served.state()
-            return state["epoch"] > before and len(state["replicas"]) == 2
-        return False
-
-    until(is_back, "a new manager that knows both replicas")
-
-
-def test_a_killed_replica_costs_no_wrong_answer_and_whoever_saw_nothing_is_answered(
-    served: Served,
-) -> None:
-    asked = [
-        (model, prompt)
-        for prompt in PROMPTS[:2]
-        for model in served.versions
-        if model != "changing"
-    ]
-    long = 80
-    for model, prompt in asked:
-        served.expected(prompt, served.versions[model], long)
-    killed = threading.Event()
-
-    def whole(each: tuple[str, str]) -> bool:
-        return served.is_right(served.complete(*each, max_tokens=long), *each, max_tokens=long)
-
-    def streamed(each: tuple[str, str]) -> str:
-        """`right`, `wrong`, or `broken` off with an error event."""
-        model, prompt = each
-        body = {"model": model, "prompt": prompt, "max_tokens": long, "stream": True}
-        body |= {"temperature": 0, "ignore_eos": True}
-        text, end = "", ""
-        url = f"{served.url}/v1/completions"
-        with httpx.stream("POST", url, json=body, timeout=120) as response:
-            assert response.status_code == 200
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if data.startswith("{"):
-                    event = json.loads(data)
-                    if "error" in event:
-                        end = "broken"
-                    else:
-                        text += event["choices"][0]["text"]
-                elif data == "[DONE]":
-                    end = "right"
-        expected = served.expected(prompt, served.versions[model], long)
-        if not (text == expected if end == "right" else expected.startswith(text)):
-            return "wrong"
-        return end
-
-    def kill() -> None:
-        until(lambda: any(each["running"] for each in served.state()["replicas"]), "work")
-        busy = max(served.engine_processes(), key=lambda process: process.cpu_times().user)
-        busy.kill()
-        killed.set()
-
-    with ThreadPoolExecutor(24) as pool:
-        killer = pool.submit(kill)
-        both = [(pool.submit(whole, each), pool.submit(streamed, each)) for each in asked]
-        killer.result()
-        assert all(answer.result() for answer, _ in both)
-        ends = [stream.result() for _, stream in both]
-    assert killed.is_set()
-    assert "wrong" not in ends and "" not in ends
-    assert ends.count("right") > 0
 
 
 def test_a_server_that_anybody_could_reach_is_not_built(served: Served) -> None:

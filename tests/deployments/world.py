@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.base_checkpoint import BaseFacts, read_base_facts
 from storage.config import StorageSettings
 from storage.formats.writing import write_flora, write_lora
-from storage.identity import AdapterName, AdapterSet, AdapterVersion
+from storage.identity import DEFAULT_ALIAS, AdapterName, AdapterSet, AdapterVersion
 from storage.publishing import publish_adapter
 from storage.registry import Registry
 from storage.stores import open_store
@@ -60,10 +60,13 @@ class World:
 
     def publish(self, name: str, rank: int, seed: int, family: str = "flora") -> AdapterVersion:
         """A random adapter strong enough to change most tokens."""
-        files = self._files(rank, seed, family)
-        return publish_adapter(
-            self.registry, AdapterName("default", name), files, self.base
-        ).version
+        return self.publish_files(name, self._files(rank, seed, family))
+
+    def publish_files(
+        self, name: str, files: Mapping[str, bytes], alias: str | None = DEFAULT_ALIAS
+    ) -> AdapterVersion:
+        adapter = AdapterName("default", name)
+        return publish_adapter(self.registry, adapter, files, self.base, alias=alias).version
 
     def _files(self, rank: int, seed: int, family: str) -> dict[str, bytes]:
         generator = torch.Generator().manual_seed(seed)
@@ -89,7 +92,11 @@ class LoneEngine:
     """One engine that answers one request at a time: what every answer of a server must equal."""
 
     def __init__(self, world: World) -> None:
-        cache = AdapterCache(world.registry, world.settings.storage)
+        # Not the replicas' disk cache: what nobody asked them for must not be near them.
+        own = world.settings.storage.cache_dir / "alone"
+        cache = AdapterCache(
+            world.registry, world.settings.storage.model_copy(update={"cache_dir": own})
+        )
         roomy = world.settings.engine.model_copy(update={"bank_rows": 64, "bank_slots": 32})
         self.client = ThreadEngineClient(build_engine(roomy, cache.get))
         self._done = threading.Event()

@@ -1,4 +1,4 @@
-"""A real S3 API over HTTP for tests: moto's server, on a free port of this machine, that can be told to fail."""
+"""A real S3 API over HTTP for tests: moto's server, on a port of this machine, that can be told to fail or to go."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moto.moto_server.werkzeug_app import (
     MotoRequestHandler,
     create_backend_app,
 )
-from werkzeug.serving import make_server
+from werkzeug.serving import BaseWSGIServer, make_server
 
 _Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -45,6 +45,8 @@ class S3Server:
     ranges: list[str] = field(default_factory=list)
     # S3 decides each conditional write atomically; moto looks and then writes, so its requests must take turns.
     turn: threading.Lock = field(default_factory=threading.Lock)
+    port: int = 0
+    _running: tuple[BaseWSGIServer, threading.Thread] | None = None
 
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -67,19 +69,32 @@ class S3Server:
             start_response(failure.status, [("Content-Type", "application/xml")])
             return [f"<Error><Code>{failure.code}</Code><Message/></Error>".encode()]
 
+    def listen(self) -> None:
+        """Begin, or begin again: on the port it had, with the objects it had."""
+        server = make_server(
+            "127.0.0.1", self.port, self, threaded=True, request_handler=MotoRequestHandler
+        )
+        self.port = server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        self._running = server, thread
+
+    def stop(self) -> None:
+        """From now on nobody listens there. May be repeated."""
+        if self._running is not None:
+            server, thread = self._running
+            server.shutdown()
+            thread.join()
+            server.server_close()
+            self._running = None
+
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    application = S3Server(DomainDispatcherApplication(create_backend_app))
-    server = make_server(
-        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
-    )
-    application.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    server = S3Server(DomainDispatcherApplication(create_backend_app))
+    server.listen()
     try:
-        yield application
+        yield server
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        server.stop()
