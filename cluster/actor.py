@@ -85,10 +85,17 @@ class PlacementActor:
             self._figures.heard(report)
             return self._manager.heartbeat(report)
 
-    def poll(self, known_epoch: int, demand: Mapping[AdapterVersion, DemandSample]) -> TableUpdate:
+    def poll(
+        self,
+        known_epoch: int,
+        demand: Mapping[AdapterVersion, DemandSample],
+        lost: frozenset[str] = frozenset(),
+    ) -> TableUpdate:
+        """`lost`: replicas the caller found dead since its last poll."""
         with self._lock:
             self._called_s = time.monotonic()
             self._manager.observe(demand)
+            self._manager.lose(lost)
             return self._manager.poll(known_epoch)
 
     def leave(self, replica_ids: Collection[str]) -> None:

@@ -89,6 +89,14 @@ class PlacementManager:
         """Take one router's report of what it was asked for since its last one."""
         self._planner.observe(demand)
 
+    def lose(self, replica_ids: Collection[str]) -> None:
+        """Take a router's word that these are dead. One that is not comes back with its next heartbeat."""
+        known = self._replicas.keys() & replica_ids
+        for replica_id in known:
+            del self._replicas[replica_id]
+        if known:
+            self.tick()
+
     def set_registry(
         self,
         desired: Mapping[AliasKey, AdapterVersion],

@@ -23,6 +23,7 @@ class TableView:
         self._table = PlacementTable()
         self._heard_s = -math.inf
         self._demand: dict[AdapterVersion, DemandSample] = {}
+        self._lost: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -60,4 +61,15 @@ class TableView:
         """What was recorded since the last call."""
         with self._lock:
             taken, self._demand = self._demand, {}
+            return taken
+
+    def record_lost(self, replica_id: str) -> None:
+        """A router found this replica dead; to be reported with the next poll."""
+        with self._lock:
+            self._lost.add(replica_id)
+
+    def take_lost(self) -> frozenset[str]:
+        """What was recorded since the last call."""
+        with self._lock:
+            taken, self._lost = frozenset(self._lost), set()
             return taken

@@ -39,6 +39,10 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_REGISTRY_AWAY = (
+    "the adapter registry cannot be reached; adapters that replicas hold are served all the same, others "
+    "as soon as it is back"
+)
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
@@ -84,7 +88,11 @@ def http_error(error: Exception) -> HttpError:
     headers = {}
     if status == 503:
         headers["Retry-After"] = str(OverloadedError.retry_after_s)
-    return plain_error(status, error.message, error.param, error.code, headers)
+    message = error.message
+    if isinstance(error, StoreUnavailableError):
+        # Its own names buckets and hosts; the operator reads that in the log and at /v1/cluster.
+        message = _REGISTRY_AWAY
+    return plain_error(status, message, error.param, error.code, headers)
 
 
 def plain_error(

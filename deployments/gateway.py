@@ -27,8 +27,13 @@ class ReplicaOutputs:
 
 
 class EngineGateway(Protocol):
-    def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+    def generate(
+        self, request: EngineRequest, avoided: str = ""
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
         """Send a request to the best replica. Closing the generator aborts the request there.
+
+        Args:
+            avoided: a replica to be tried last, because it has just failed this request.
 
         Raises:
             ReplicaLostError: the replica is gone.
@@ -50,10 +55,12 @@ class ServeGateway:
         self._generate = handle.options(method_name="generate", stream=True)
         self._ping = handle.options(method_name="ping")
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+    async def generate(
+        self, request: EngineRequest, avoided: str = ""
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
         # In a context of its own, so that Serve gives the call an id of its own: its router finds waiting calls by
         # the id of the HTTP request they belong to, and of several with one id it forgets all but the first.
-        response = Context().run(self._generate.remote, request)
+        response = Context().run(self._generate.remote, request, avoided)
         is_over = False
         try:
             async for batch in response:

@@ -48,6 +48,7 @@ class Generation:
         self._stops = stops
         self._echo = echo
         self._may_retry = True
+        self._avoided = ""
         self._stream: AsyncGenerator[ReplicaOutputs, None] | None = None
         self._first: ReplicaOutputs | None = None
 
@@ -58,13 +59,14 @@ class Generation:
             FloraError: why there will be no answer.
         """
         while self._first is None:
-            self._stream = self._gateway.generate(self.request)
+            self._stream = self._gateway.generate(self.request, self._avoided)
             try:
                 # The engine keeps the deadline of what it has; here nobody may have it yet.
                 async with asyncio.timeout(self._seconds_left()):
                     first = await anext(self._stream, None)
                 if first is None:
                     raise FloraError("the engine gave no answer")
+                self.replica_id = first.replica_id
                 _check_adapters(self.request, first)
                 _raise_refusal(first.outputs[0])
             except EngineLostError as error:
@@ -73,7 +75,6 @@ class Generation:
             except TimeoutError:
                 raise RequestTimeoutError("no replica began an answer in time") from None
             self._first = first
-        self.replica_id = self._first.replica_id
         self.adapter_tier = self._first.outputs[0].adapter_tier
         self.queue_time_s = self._first.outputs[0].queue_time_s or 0.0
         self.num_cached_tokens = self._first.outputs[0].num_cached_tokens or 0
@@ -120,6 +121,7 @@ class Generation:
             raise error
         self._may_retry = False
         self._first = None
+        self._avoided, self.replica_id = self.replica_id, ""
         # The replica may live on behind a broken connection, and knows the first id.
         self.request = replace(self.request, request_id=f"{self.request.request_id}-again")
 

@@ -54,8 +54,10 @@ class EngineReplica:
         self._signals = LoadSignals(time.monotonic)
         Heartbeat(spec, self._report, self._obey).start()
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
-        """See `RequestStreams.generate`."""
+    async def generate(
+        self, request: EngineRequest, avoided: str = ""
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
+        """See `RequestStreams.generate`. `avoided` is for `AdapterRouter`, which has read it by now."""
         async for batch in self._streams.generate(request):
             yield batch
 

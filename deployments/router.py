@@ -13,6 +13,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from cluster.actor import PlacementSpec
+from cluster.lost_replicas import LostReplicas
 from cluster.routing import Routing
 from deployments.table_poller import shared_view
 from workers.engine.request import EngineRequest
@@ -25,6 +26,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         """`spec` is a `PlacementSpec` as JSON: Serve hands it over from the deployment's settings."""
         self._view = shared_view(PlacementSpec.model_validate(spec))
         self._routing = Routing(time.monotonic)
+        self._lost = LostReplicas(time.monotonic)
 
     async def choose_replicas(
         self,
@@ -36,6 +38,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         version = request.adapters.version if request else None
         work = request.work if request else 0.0
         order = self._routing.order(version, work, by_id.keys(), self._view.table)
+        order = self._lost.put_last(order, _avoided(pending_request))
         if request is not None and order:
             self._choose(request, order[0])
         return [[by_id[replica_id]] for replica_id in order]
@@ -49,6 +52,17 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
             self._choose(request, replica_id.unique_id)
             self._routing.settle(request.request_id)
 
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Serve calls this when a call to the replica failed for good, long before its own health check notices."""
+        super().on_replica_actor_died(replica_id)
+        self._lost.add(replica_id.unique_id)
+        self._view.record_lost(replica_id.unique_id)
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """Serve calls this when the replica could not be reached; it may live, so nobody else is told."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._lost.add(replica_id.unique_id)
+
     def _choose(self, request: EngineRequest, replica_id: str) -> None:
         version = request.adapters.version
         if version is not None and not self._routing.is_chosen(request.request_id):
@@ -60,3 +74,10 @@ def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
     if pending is not None and pending.args and isinstance(pending.args[0], EngineRequest):
         return pending.args[0]
     return None
+
+
+def _avoided(pending: PendingRequest | None) -> str:
+    """What `ServeGateway` says beside the request: the replica that has just failed it."""
+    if pending is not None and len(pending.args) > 1:
+        return str(pending.args[1])
+    return ""

@@ -40,7 +40,7 @@ def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
     while True:
         try:
             manager = manager or connect(spec)
-            answer = manager.poll.remote(view.table.epoch, view.take_demand())
+            answer = manager.poll.remote(view.table.epoch, view.take_demand(), view.take_lost())
             view.offer(ray.get(answer, timeout=_ANSWER_TIMEOUT_S))
         except (RayError, GetTimeoutError, ValueError) as error:
             # Routers go on with the last good table; the next round looks the manager up again.

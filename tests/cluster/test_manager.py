@@ -215,6 +215,22 @@ def test_a_replica_that_misses_three_heartbeats_is_dead_and_its_adapters_are_reh
     assert table.holders[version(1)] == (survivor,)
 
 
+def test_a_replica_that_a_router_found_dead_is_dead_at_once_unless_its_heart_beats(
+    cluster: Cluster,
+) -> None:
+    cluster.add("a", "b")
+    one = version(1)
+    cluster.manager.set_registry({KEY: one}, facts(one))
+    cluster.ask(one)
+    cluster.manager.tick()
+    cluster.beat()
+    cluster.manager.lose(frozenset({"a", "nobody"}))
+    table = cluster.manager.table()
+    assert table.replicas.keys() == {"b"}
+    assert table.holders[one] == ("b",)
+    assert "a" in cluster.beat().replicas
+
+
 def test_a_rebuilt_manager_finds_everything_where_it_was_and_continues_the_epochs(
     cluster: Cluster,
 ) -> None:

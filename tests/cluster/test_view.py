@@ -47,3 +47,11 @@ def test_demand_is_handed_over_once() -> None:
     view.record(ONE, 5.0)
     assert view.take_demand() == {ONE: DemandSample(2, 15.0)}
     assert view.take_demand() == {}
+
+
+def test_what_a_router_lost_is_reported_once() -> None:
+    view = TableView(ManualClock())
+    view.record_lost("a")
+    view.record_lost("a")
+    assert view.take_lost() == {"a"}
+    assert view.take_lost() == frozenset()

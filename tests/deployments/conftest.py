@@ -37,7 +37,9 @@ class LocalGateway:
     client: ThreadEngineClient
     is_up: bool = True
 
-    def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+    def generate(
+        self, request: EngineRequest, avoided: str = ""
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
         return self.streams.generate(request)
 
     async def is_anyone_there(self) -> bool:

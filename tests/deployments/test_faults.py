@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import boto3
@@ -24,7 +25,7 @@ from tests.deployments.telling_adapters import TellingAdapters
 from tests.deployments.world import BASE_ID, World, settings_for
 from tests.storage.s3_server import S3Server, s3_server
 
-BUCKET = "flora"
+BUCKET, PREFIX = "flora", "faults"
 PROMPTS = ["the quick brown", "a few small words", "user"]
 RANDOM = [f"random-{seed}" for seed in range(6)]
 TOKENS = 6
@@ -37,6 +38,16 @@ class Faulty:
     served: Served
     s3: S3Server
     telling: TellingAdapters
+    _letters: Iterator[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._letters = iter(self.telling.letters)
+
+    def letters(self, count: int) -> str:
+        """Letters nobody asked for before: equal content is one version, whatever its name."""
+        fresh = "".join(itertools.islice(self._letters, count))
+        assert len(fresh) == count
+        return fresh
 
     def publish(self, name: str, letter: str, alias: str | None = "latest") -> AdapterVersion:
         return self.served.world.publish_files(name, self.telling.files(letter), alias)
@@ -47,7 +58,8 @@ class Faulty:
     def flip_a_byte(self, version: AdapterVersion) -> None:
         """Of the version's weights, where they lie in the bucket."""
         content = self.served.world.registry.content(version)
-        key = layout.blob(content.files["adapter_model.safetensors"].sha256)
+        blob = layout.blob(content.files["adapter_model.safetensors"].sha256)
+        key = f"{PREFIX}/{blob}"
         client = boto3.client("s3", endpoint_url=self.s3.url)
         data = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
         data[-1] ^= 1
@@ -78,7 +90,7 @@ def faulty(
         )
         storage = settings.storage.model_copy(
             update={
-                "registry": f"s3://{BUCKET}/faults",
+                "registry": f"s3://{BUCKET}/{PREFIX}",
                 "s3_endpoint_url": s3.url,
                 # Two of the random adapters: the others are on disk only.
                 "host_bytes": 45_000,
@@ -99,7 +111,7 @@ def faulty(
 def test_an_alias_moved_twenty_times_under_load_fails_nobody_and_mixes_nothing(
     faulty: Faulty,
 ) -> None:
-    served, letters = faulty.served, faulty.telling.letters[:21]
+    served, letters = faulty.served, faulty.letters(21)
     versions = [faulty.publish("moving", letter, alias=None) for letter in letters]
     says = dict(zip(versions, letters, strict=True))
     seen: set[str] = set()
@@ -124,8 +136,8 @@ def test_an_alias_moved_twenty_times_under_load_fails_nobody_and_mixes_nothing(
     with BackgroundLoad(8, ask) as load:
         for count, version in enumerate(versions[1:], start=1):
             faulty.move("moving", version)
-            if count % 2:  # every other one is overtaken by the next
-                time.sleep(0.1)
+            if count % 3:  # overtaken by the next, perhaps before it serves
+                time.sleep(0.2)
                 continue
 
             def is_seen(version: AdapterVersion = version) -> bool:
@@ -133,7 +145,7 @@ def test_an_alias_moved_twenty_times_under_load_fails_nobody_and_mixes_nothing(
                 return version in seen
 
             until(is_seen, f"version {count}", within_s=20)
-    assert len(seen) > 10
+    assert len(seen) > 20 / 3
     assert load.num_answered > 100
 
     def old_ones() -> list[str]:
@@ -149,7 +161,9 @@ def test_an_alias_moved_twenty_times_under_load_fails_nobody_and_mixes_nothing(
 
 def test_a_new_version_with_a_flipped_byte_leaves_its_predecessor_serving(faulty: Faulty) -> None:
     served = faulty.served
-    good, bad = (faulty.publish("damaged", letter, alias=None) for letter in "ab")
+    letter, other = faulty.letters(2)
+    good = faulty.publish("damaged", letter, alias=None)
+    bad = faulty.publish("damaged", other, alias=None)
     faulty.flip_a_byte(bad)
     faulty.move("damaged", good)
 
@@ -157,7 +171,7 @@ def test_a_new_version_with_a_flipped_byte_leaves_its_predecessor_serving(faulty
         response = served.complete("damaged", PROMPTS[number % len(PROMPTS)], max_tokens=TOKENS)
         assert response.status_code == 200, response.text
         assert response.headers["x-adapter-version"] == good
-        assert response.json()["choices"][0]["text"] == "a" * TOKENS
+        assert response.json()["choices"][0]["text"] == letter * TOKENS
 
     def is_quarantined() -> bool:
         return bad in served.state()["quarantined"]
@@ -175,7 +189,7 @@ def test_a_new_version_with_a_flipped_byte_leaves_its_predecessor_serving(faulty
 
 
 def test_a_first_version_with_a_flipped_byte_is_an_error_and_never_the_base(faulty: Faulty) -> None:
-    bad = faulty.publish("stillborn", "c", alias=None)
+    bad = faulty.publish("stillborn", faulty.letters(1), alias=None)
     faulty.flip_a_byte(bad)
     faulty.move("stillborn", bad)
     for _ in range(3):
@@ -184,7 +198,7 @@ def test_a_first_version_with_a_flipped_byte_is_an_error_and_never_the_base(faul
         assert response.json()["error"]["code"] == "adapter_corrupt"
         streamed = faulty.served.stream("stillborn", "the")
         assert (streamed.status, streamed.end) == (503, "adapter_corrupt")
-    good = faulty.publish("stillborn", "d")
+    good = faulty.publish("stillborn", faulty.letters(1))
 
     def is_mended() -> bool:
         response = faulty.served.complete("stillborn", "the")
@@ -197,7 +211,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
     served = faulty.served
     for number in range(4 * len(RANDOM)):
         faulty.ask_random(number)
-    never_asked = faulty.publish("never-asked", "e")
+    never_asked = faulty.publish("never-asked", faulty.letters(1))
     until(lambda: _serves(served, "never-asked") == never_asked, "the table knows it")
     assert served.state()["registry_error"] is None
 
@@ -229,7 +243,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
     assert tiers == {"device", "host", "disk"}
     until(lambda: served.state()["registry_error"] is None, "it is back", within_s=15)
     until(lambda: served.complete("never-asked", "the").status_code == 200, "it is served")
-    newest = faulty.publish("newest", "f")
+    newest = faulty.publish("newest", faulty.letters(1))
     until(lambda: served.complete("newest", "the").status_code == 200, "what came after")
     assert served.complete("newest", "the").headers["x-adapter-version"] == newest
     assert served.complete("never-heard-of", "the").status_code == 404
@@ -262,7 +276,7 @@ def test_a_dead_placement_manager_costs_no_answer_and_is_rebuilt(
 
         until(is_back, "a new manager that knows both replicas", within_s=30)
         name = f"after-{kill.__name__.strip('_').replace('_', '-')}"
-        version = faulty.publish(name, "g")
+        version = faulty.publish(name, faulty.letters(1))
         until(lambda: served.complete(name, "the").status_code == 200, "a publish after it")
         assert served.complete(name, "the").headers["x-adapter-version"] == version
         until(lambda: _serves(served, name) == version, "the new manager serves it")
@@ -295,7 +309,7 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
     def alive() -> set[str]:
         return {each["id"] for each in served.state()["replicas"]}
 
-    before, had = alive(), set(served.state()["holders"])
+    before = alive()
     assert len(before) == 2
     with ThreadPoolExecutor(2 * len(asked) + 1) as pool:
         both = [(pool.submit(whole, each), pool.submit(streamed, each)) for each in asked]
@@ -304,20 +318,24 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
         max(processes, key=lambda process: process.cpu_times().user).kill()
 
         def is_rehomed() -> bool:
-            """Nothing is expected of the dead one any more, and everything of others."""
+            """Nothing is expected of the dead one any more."""
             holders, left = served.state()["holders"], alive()
-            ids = {replica_id for replica_ids in holders.values() for replica_id in replica_ids}
-            return not before <= left and ids <= left and had <= set(holders)
+            expected = {
+                replica_id for replica_ids in holders.values() for replica_id in replica_ids
+            }
+            return not before <= left and expected <= left
 
+        killed_s = time.monotonic()
         until(is_rehomed, "its adapters have other holders", within_s=5)
         (died,) = before - alive()
+        for model in RANDOM:
+            response = served.complete(model, "user", max_tokens=TOKENS)
+            assert served.is_right(response, model, "user", TOKENS)
+            assert response.headers["x-replica-id"] != died
+        assert time.monotonic() - killed_s < 5
         assert all(answer.result() for answer, _ in both)
         ends = [stream.result() for _, stream in both]
     assert "right" in ends
-    for model in RANDOM:
-        response = served.complete(model, "user", max_tokens=TOKENS)
-        assert served.is_right(response, model, "user", TOKENS)
-        assert response.headers["x-replica-id"] != died
 
 
 def _serves(served: Served, name: str) -> str | None:

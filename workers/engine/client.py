@@ -95,4 +95,4 @@ class EngineClient(Protocol):
         """The engine steps, or waits for work; false once its thread or process is gone or stuck."""
 
     def stop(self) -> None:
-        """End after the current step, and wait for that; unfinished requests end with `abort`."""
+        """End after the current step, and wait for that; unfinished requests end with EngineLostError."""

@@ -125,10 +125,10 @@ class Engine:
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
 
-    def abort_all(self) -> StepOutputs:
-        """End every request now, and return the last outputs."""
+    def end_all(self, error: Exception) -> StepOutputs:
+        """End every request with this error now, and return the last outputs."""
         for sequence in self._scheduler.sequences():
-            self._end(sequence, FinishReason.ABORT)
+            self._end(sequence, FinishReason.ERROR, error)
         return StepOutputs(self._outbox.take())
 
     def prefetch(

@@ -7,6 +7,11 @@ from storage.identity import AdapterSet
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
 
 
+def engine_lost() -> EngineLostError:
+    """Why a request ends with its engine, whether that stopped or died: another one may answer."""
+    return EngineLostError("the engine that had the request has ended; it may be sent again")
+
+
 class OwedAnswers:
     """Not thread-safe: its client's lock guards it."""
 
@@ -25,15 +30,13 @@ class OwedAnswers:
             if output.finish_reason is not None:
                 self._adapters.pop(output.request_id, None)
 
-    def end_all(self, reason: FinishReason) -> StepOutputs:
-        """A last output for everybody who is still owed one; afterwards nobody is."""
-        error = None
-        if reason is FinishReason.ERROR:
-            error = EngineLostError("the engine failed; the request may be sent again")
+    def end_all(self) -> StepOutputs:
+        """A last output, `engine_lost`, for everybody who is still owed one; afterwards nobody is."""
+        error = engine_lost()
         adapters, self._adapters = self._adapters, {}
         return StepOutputs(
             tuple(
-                RequestOutput(request_id, one, finish_reason=reason, error=error)
+                RequestOutput(request_id, one, finish_reason=FinishReason.ERROR, error=error)
                 for request_id, one in adapters.items()
             )
         )

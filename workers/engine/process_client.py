@@ -36,7 +36,7 @@ from workers.engine.process_messages import (
     Stop,
     Submit,
 )
-from workers.engine.request import EngineRequest, FinishReason, StepOutputs
+from workers.engine.request import EngineRequest, StepOutputs
 from workers.engine.validation import validate_request
 from workers.large_pages import with_large_pages
 from workers.threads import engine_threads
@@ -177,8 +177,7 @@ class ProcessEngineClient:
             self._process.kill()
         with self._lock:
             self._is_gone = True
-            reason = FinishReason.ABORT if self._is_stopping else FinishReason.ERROR
-            last_words = self._owed.end_all(reason)
+            last_words = self._owed.end_all()
         if not self._is_stopping:
             _log.error("the engine's process %d ended by itself", self.pid)
         self._hand_out(last_words)

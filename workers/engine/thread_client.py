@@ -13,8 +13,8 @@ from storage.identity import AdapterVersion
 from workers.bank.loader import AdapterTiers
 from workers.engine.client import EngineLoad
 from workers.engine.engine import Engine
-from workers.engine.owed import OwedAnswers
-from workers.engine.request import EngineRequest, FinishReason, StepOutputs
+from workers.engine.owed import OwedAnswers, engine_lost
+from workers.engine.request import EngineRequest, StepOutputs
 from workers.threads import use_threads
 
 # How often requests that wait for an adapter are looked at while nothing computes: deadlines, starvation.
@@ -134,12 +134,12 @@ class ThreadEngineClient:
                 self._step_began_s = None
                 is_idle = outputs.num_tokens == 0
                 self._hand_out(outputs)
-            self._hand_out(self._engine.abort_all())
+            self._hand_out(self._engine.end_all(engine_lost()))
         except Exception:
             _log.exception("the engine's thread ends")
             with self._changed:
                 self._is_stopping = True
-                last_words = self._owed.end_all(FinishReason.ERROR)
+                last_words = self._owed.end_all()
             self._hand_out(last_words)
 
     def _wait(self, is_idle: bool) -> bool:

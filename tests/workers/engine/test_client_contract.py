@@ -14,6 +14,7 @@ import pytest
 from storage.errors import (
     AdapterRefusedError,
     ContextLengthError,
+    EngineLostError,
     FloraError,
     InvalidRequestError,
     OverloadedError,
@@ -226,14 +227,16 @@ def test_the_load_tells_where_adapters_are_and_what_is_done(
     assert load.bank_rows == 4
 
 
-def test_stopping_aborts_what_is_unfinished_and_takes_no_more(fragile: Started) -> None:
+def test_stopping_ends_what_is_unfinished_as_lost_and_takes_no_more(fragile: Started) -> None:
     fragile.receive = inbox = Inbox()
     names = [f"r{i}" for i in range(6)]
     for name in names:
         fragile.client.submit(greedy(name, prompt(0, 4), version(1), max_tokens=50))
     fragile.client.stop()
     answers = inbox.wait_for_ends(*names)
-    assert all(answer.reason is FinishReason.ABORT for answer in answers.values())
+    for answer in answers.values():
+        assert answer.reason is FinishReason.ERROR
+        assert isinstance(answer.error, EngineLostError)
     assert not fragile.client.is_alive()
     with pytest.raises(OverloadedError):
         fragile.client.submit(greedy("late", prompt(0, 4)))
