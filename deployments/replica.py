@@ -120,4 +120,4 @@ class EngineReplica:
         )
 
     def _obey(self, orders: ReplicaOrders) -> None:
-        self._client.prefetch(orders.wanted, orders.pinned, orders.near)
+        self._client.prefetch(orders.wanted, orders.pinned, orders.near, orders.retired)

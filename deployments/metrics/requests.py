@@ -162,10 +162,12 @@ class MeasuredGateway:
     gateway: EngineGateway
     metrics: RequestMetrics
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+    async def generate(
+        self, request: EngineRequest, avoided: str = ""
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
         measured = self.metrics.begin(request)
         try:
-            async with aclosing(self.gateway.generate(request)) as batches:
+            async with aclosing(self.gateway.generate(request, avoided)) as batches:
                 async for batch in batches:
                     measured.took(batch)
                     yield batch

@@ -18,7 +18,7 @@ from deployments.errors import http_error
 from deployments.http_app import create_http_app
 from deployments.metrics.exposition import Metrics
 from storage import errors
-from storage.errors import FloraError
+from storage.errors import FloraError, StoreUnavailableError
 from tests.cluster.clocks import ManualClock
 
 STATUS = {
@@ -59,9 +59,18 @@ def test_each_error_has_its_status_and_one_shape(kind: type[FloraError]) -> None
     assert answer.status == STATUS[kind.__name__]
     error = answer.body["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert (error["message"], error["param"]) == ("what happened", "model")
+    if not issubclass(kind, StoreUnavailableError):
+        assert error["message"] == "what happened"
+    assert error["param"] == "model"
     assert error["code"] == kind.code and isinstance(error["type"], str)
     assert ("Retry-After" in answer.headers) == (answer.status == 503)
+
+
+def test_a_registry_that_is_away_is_told_without_naming_its_host() -> None:
+    secret = "could not connect to http://10.0.0.7:9000/bucket/blobs/sha256/12"
+    answer = http_error(StoreUnavailableError(secret))
+    message = answer.body["error"]["message"]
+    assert "registry cannot be reached" in message and "10.0.0.7" not in message
 
 
 def app_parts(**parts: Any) -> Api:

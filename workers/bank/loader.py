@@ -100,6 +100,7 @@ class AdapterLoader:
         self._requested: deque[_Load] = deque()
         self._prefetched: deque[_Load] = deque()
         self._kept_near: deque[_Load] = deque()
+        self._retired: set[AdapterVersion] = set()
         self._failures: dict[AdapterVersion, _Failure] = {}
         self._prefetch_again_s: dict[AdapterVersion, float] = {}
         self._claims: set[AdapterVersion] = set()
@@ -165,6 +166,13 @@ class AdapterLoader:
                     if version not in known:
                         known.add(version)
                         self._enqueue(_Load(version, False, is_for_device))
+
+    def retire(self, versions: Collection[AdapterVersion]) -> None:
+        """Free the rows of these soon, but of those that are in use. Replaces what was asked for before."""
+        with self._condition:
+            self._retired = set(versions).intersection(self._bank.residents())
+            if self._retired:
+                self._condition.notify()
 
     def rows_freed(self) -> None:
         """References were given back, or pins changed: try again what found no room."""
@@ -236,22 +244,37 @@ class AdapterLoader:
         while True:
             with self._condition:
                 while not self._is_stopping and not (
-                    self._requested or self._prefetched or self._kept_near
+                    self._retired or self._requested or self._prefetched or self._kept_near
                 ):
                     self._condition.wait()
                 if self._is_stopping:
                     return
-                load = (self._requested or self._prefetched or self._kept_near).popleft()
+                retired = self._retired.pop() if self._retired else None
+                queue = self._requested or self._prefetched or self._kept_near
+                load = queue.popleft() if retired is None else None
                 num_freed = self._num_freed
-            try:
-                self._load(load)
-            except BankBusyError:
-                self._no_room(load, num_freed)
-            except Exception as error:
-                self._failed(load, error)
-            else:
-                self._loaded(load)
-            self._on_change()
+            if retired is not None:
+                self._evict(retired)
+            if load is not None:
+                self._bring(load, num_freed)
+
+    def _evict(self, version: AdapterVersion) -> None:
+        try:
+            self._bank.evict(version)
+        except BankBusyError:
+            return  # whoever retired it will say so again
+        self.rows_freed()
+
+    def _bring(self, load: _Load, num_freed: int) -> None:
+        try:
+            self._load(load)
+        except BankBusyError:
+            self._no_room(load, num_freed)
+        except Exception as error:
+            self._failed(load, error)
+        else:
+            self._loaded(load)
+        self._on_change()
 
     def _load(self, load: _Load) -> None:
         if load.fetched is None:

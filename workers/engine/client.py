@@ -79,6 +79,7 @@ class EngineClient(Protocol):
         wanted: Sequence[AdapterVersion],
         pinned: frozenset[AdapterVersion],
         near: Sequence[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
         """Have adapters brought nearer in the background. Replaces what was asked for before; errors are counted, not
         raised.
@@ -87,6 +88,7 @@ class EngineClient(Protocol):
             wanted: to the device, most wanted first.
             pinned: exactly these are kept from eviction there.
             near: at least to this machine's disk or memory, when nothing more urgent is to do; never to the device.
+            retired: have their rows on the device freed now, but those that a request uses: say it again later.
         """
 
     def load(self) -> EngineLoad: ...

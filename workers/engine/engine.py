@@ -136,11 +136,13 @@ class Engine:
         wanted: Ordered[AdapterVersion],
         pinned: frozenset[AdapterVersion],
         near: Ordered[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
         """As `EngineClient.prefetch`."""
         self._wanted_pins = pinned
         self._apply_pins()
         self.loader.prefetch(wanted, near)
+        self.loader.retire(retired)
 
     def load(self) -> EngineLoad:
         """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""

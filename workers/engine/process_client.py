@@ -119,8 +119,9 @@ class ProcessEngineClient:
         wanted: Sequence[AdapterVersion],
         pinned: frozenset[AdapterVersion],
         near: Sequence[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
-        self._writer.put(Prefetch(tuple(wanted), pinned, tuple(near)))
+        self._writer.put(Prefetch(tuple(wanted), pinned, tuple(near), retired))
 
     def load(self) -> EngineLoad:
         """What the child last reported."""

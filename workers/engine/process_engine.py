@@ -102,7 +102,7 @@ class EngineProcess:
         elif isinstance(order, Abort):
             client.abort(order.request_id)
         elif isinstance(order, Prefetch):
-            client.prefetch(order.wanted, order.pinned, order.near)
+            client.prefetch(order.wanted, order.pinned, order.near, order.retired)
         else:
             raise TypeError(f"no order: {order!r}")
 

@@ -47,6 +47,7 @@ class Prefetch:
     wanted: tuple[AdapterVersion, ...]
     pinned: frozenset[AdapterVersion]
     near: tuple[AdapterVersion, ...]
+    retired: frozenset[AdapterVersion]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,9 +80,10 @@ class ThreadEngineClient:
         wanted: Sequence[AdapterVersion],
         pinned: frozenset[AdapterVersion],
         near: Sequence[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
         with self._changed:
-            self._order(lambda: self._engine.prefetch(wanted, pinned, near))
+            self._order(lambda: self._engine.prefetch(wanted, pinned, near, retired))
 
     def load(self) -> EngineLoad:
         load = self._engine.load()

@@ -227,6 +227,24 @@ def test_the_load_tells_where_adapters_are_and_what_is_done(
     assert load.bank_rows == 4
 
 
+def test_a_retired_adapters_rows_are_freed_once_no_request_uses_them(
+    client: EngineClient, inbox: Inbox
+) -> None:
+    old = version(2)
+
+    def retire() -> bool:
+        client.prefetch((), frozenset(), (), frozenset({old}))
+        return old not in client.load().device
+
+    client.submit(greedy("long", prompt(0, 4), old, max_tokens=60))
+    eventually(lambda: client.load().tokens_out > 0 and old in client.load().device)
+    retire()
+    assert len(inbox.wait_for_ends("long")["long"].tokens) == 60
+    eventually(retire)
+    client.submit(greedy("again", prompt(0, 4), old, max_tokens=2))
+    assert inbox.wait_for_ends("again")["again"].reason is FinishReason.LENGTH
+
+
 def test_stopping_ends_what_is_unfinished_as_lost_and_takes_no_more(fragile: Started) -> None:
     fragile.receive = inbox = Inbox()
     names = [f"r{i}" for i in range(6)]
