@@ -43,6 +43,7 @@ class AdapterRun:
     step: int = 0
     loss: float = math.nan
     best_held_out: float = math.inf
+    best_step: int = 0  # of that loss
     evaluations_since_best: int = 0
     outcome: str = ""  # the published version, or why it failed
 
@@ -85,10 +86,15 @@ class AdapterRun:
         rule = self.spec.early_stop
         needed = rule.min_improvement if rule is not None else 0.0
         if loss < self.best_held_out - needed:
-            self.best_held_out, self.evaluations_since_best = loss, 0
+            self.best_held_out, self.best_step, self.evaluations_since_best = loss, self.step, 0
         else:
             self.evaluations_since_best += 1
         return rule is not None and self.evaluations_since_best >= rule.patience
+
+    @property
+    def keeps_best(self) -> bool:
+        """What is published is the best evaluated, not the last: whoever stops early stops after the best."""
+        return self.spec.early_stop is not None
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes: numbers and strings only."""
@@ -98,6 +104,7 @@ class AdapterRun:
             "drawn": self.stream.drawn,
             "loss": self.loss,
             "best_held_out": self.best_held_out,
+            "best_step": self.best_step,
             "evaluations_since_best": self.evaluations_since_best,
             "outcome": self.outcome,
         }
@@ -108,5 +115,6 @@ class AdapterRun:
         self.stream.drawn = state["drawn"]
         self.loss = state["loss"]
         self.best_held_out = state["best_held_out"]
+        self.best_step = state["best_step"]
         self.evaluations_since_best = state["evaluations_since_best"]
         self.outcome = state["outcome"]

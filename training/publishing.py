@@ -21,11 +21,10 @@ def publisher(
 
     def publish(spec: AdapterSpec, rows: AdapterRows) -> AdapterVersion:
         bound = replace(rows, base_digest=base.digest)
-        write = write_flora if spec.family == "flora" else write_lora
         manifest = publish_adapter(
             registry,
             AdapterName(tenant, spec.name),
-            write(bound, base.name),
+            peft_files(spec, bound, base.name),
             base,
             alias=spec.alias,
             source=f"training:{job_id}",
@@ -34,3 +33,10 @@ def publisher(
         return manifest.version
 
     return publish
+
+
+def peft_files(spec: AdapterSpec, rows: AdapterRows, base_name: str) -> dict[str, bytes]:
+    """The files of a PEFT directory, under the adapter's own family."""
+    if spec.family == "flora":
+        return write_flora(rows, base_name)
+    return write_lora(rows, base_name, use_rslora=spec.family == "rslora")

@@ -40,7 +40,10 @@ class Evaluation(BaseModel):
 
 
 class EarlyStop(BaseModel):
-    """Stop when the held-out loss has not fallen by `min_improvement` in `patience` evaluations in a row."""
+    """Stop when the held-out loss has not fallen by `min_improvement` in `patience` evaluations in a row.
+
+    What is published is the adapter as it was at its best evaluation, also when it comes to its last step.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

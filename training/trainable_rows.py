@@ -17,6 +17,9 @@ from workers.bank.bank import AdapterBank
 from workers.bank.module_bank import ModuleBank
 from workers.row_form.adapted_linear import AdapterLayers
 
+Weights = dict[str, Tensor]
+"""One adapter's rows by width."""
+
 State = dict[str, dict[str, Tensor]]
 """One adapter's rows by width: weights, and AdamW's moments."""
 
@@ -89,6 +92,19 @@ class TrainableRows:
                     add_gate=start.add_gate,
                 )
         return AdapterRows(modules)
+
+    def weights_of(self, number: int) -> Weights:
+        """What `put_weights` takes: one adapter's rows as they are now, copied to the host."""
+        return {
+            str(width): self.blocks[width].weight_KW[owned].cpu()
+            for width, owned in self._index[number].items()
+        }
+
+    def put_weights(self, number: int, weights: Weights) -> None:
+        """Give an adapter the rows it had once; AdamW's moments stay."""
+        for width, owned in self._index[number].items():
+            block = self.blocks[width].weight_KW
+            block[owned] = weights[str(width)].to(block.device, block.dtype)
 
     def state_of(self, number: int) -> State:
         """What `restore` takes, in a trainer with any other adapters beside this one."""

@@ -37,7 +37,7 @@ from training.frozen_base import FrozenBase
 from training.initial_rows import initial_rows
 from training.optimizer import RowAdamW, StepSettings
 from training.spec import AdapterSpec
-from training.trainable_rows import TrainableRows
+from training.trainable_rows import TrainableRows, Weights
 
 Publish = Callable[[AdapterSpec, AdapterRows], AdapterVersion]
 """Stores a finished adapter. Raises AdapterRefusedError when it breaks a rule; any other error ends the job."""
@@ -83,6 +83,7 @@ class MultiAdapterTrainer:
             base.device,
         )
         self._optimizer = RowAdamW(tuple(self.rows.blocks.values()), len(self.runs))
+        self._best: dict[int, Weights] = {}  # of the adapters that publish their best step
 
     @property
     def is_done(self) -> bool:
@@ -165,13 +166,21 @@ class MultiAdapterTrainer:
         A published or failed one needs no rows: the registry has them, or nobody wants them.
         """
         run = self.runs[number]
-        return {"run": run.state(), "rows": None if run.is_over else self.rows.state_of(number)}
+        if run.is_over:
+            return {"run": run.state(), "rows": None, "best": None}
+        return {
+            "run": run.state(),
+            "rows": self.rows.state_of(number),
+            "best": self._best.get(number),
+        }
 
     def restore(self, number: int, state: Mapping[str, Any]) -> None:
         """Take up an adapter where `state_of` left it. Call before `start`."""
         self.runs[number].restore(state["run"])
         if state["rows"] is not None:
             self.rows.restore(number, state["rows"])
+        if state["best"] is not None:
+            self._best[number] = state["best"]
 
     # One step's arithmetic.
 
@@ -245,12 +254,19 @@ class MultiAdapterTrainer:
         for number in due:
             run = self.runs[number]
             self._on_event(AdapterEvaluated(adapter=run.name, step=run.step, loss=losses[number]))
-            if run.note_held_out(losses[number]) and run.step < run.num_steps:
+            is_time_to_stop = run.note_held_out(losses[number])
+            if run.keeps_best and run.best_step == run.step:
+                self._best[number] = self.rows.weights_of(number)
+            if is_time_to_stop and run.step < run.num_steps:
                 self._finish(number, "early stop: the held-out loss no longer falls")
 
     def _finish(self, number: int, reason: str) -> None:
         run = self.runs[number]
         run.status = RunStatus.FINISHED
+        best = self._best.pop(number, None)
+        if best is not None:
+            self.rows.put_weights(number, best)
+            reason += f"; the rows are those of step {run.best_step}, its best"
         self._on_event(
             AdapterFinished(adapter=run.name, step=run.step, loss=run.loss, reason=reason)
         )

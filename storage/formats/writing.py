@@ -6,9 +6,9 @@ Equal rows give equal bytes, so publishing the same adapter again is the same ve
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from math import inf, nextafter
 from statistics import mode
 from typing import Any, TypeVar
 
@@ -39,8 +39,11 @@ def write_flora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
     return _directory(settings, components, base_name, _with_digest(metadata, rows))
 
 
-def write_lora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
+def write_lora(rows: AdapterRows, base_name: str, *, use_rslora: bool = False) -> dict[str, bytes]:
     """Add rows as an ordinary LoRA; every module's gate becomes its alpha over its rank.
+
+    Args:
+        use_rslora: as rsLoRA: alpha over the root of the rank.
 
     Raises:
         ValueError: other rows, or none at all.
@@ -52,7 +55,8 @@ def write_lora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
             raise ValueError(f"{path} has other rows than LoRA's: {sorted(module.tensors())}")
         if module.add_p_EI is not None and module.add_q_EO is not None and module.num_add:
             components[path] = (module.add_p_EI, module.add_q_EO)
-            alphas[path] = _alpha(module.add_gate, module.num_add)
+            divisor = math.sqrt(module.num_add) if use_rslora else module.num_add
+            alphas[path] = _alpha(module.add_gate, divisor)
     if not components:
         raise ValueError("a LoRA adapter has rows in at least one module")
     ranks = {path: in_RI.shape[0] for path, (in_RI, _) in components.items()}
@@ -64,7 +68,7 @@ def write_lora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
         "rank_pattern": rank_pattern,
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
-        "use_rslora": False,
+        "use_rslora": use_rslora,
         "use_dora": False,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -105,16 +109,16 @@ def _with_digest(metadata: dict[str, str], rows: AdapterRows) -> dict[str, str]:
     return metadata | {flora.BASE_DIGEST: rows.base_digest}
 
 
-def _alpha(gate: float, rank: int) -> float:
-    """The plainest alpha with `alpha / rank == gate`; within a rounding of it if there is none."""
-    alpha = gate * rank
+def _alpha(gate: float, divisor: float) -> float:
+    """The plainest alpha with `alpha / divisor == gate`; within a rounding of it if there is none."""
+    alpha = gate * divisor
     for candidate in (
         round(alpha),
         round(alpha, 6),
         alpha,
-        *(nextafter(alpha, to) for to in (0, inf)),
+        *(math.nextafter(alpha, to) for to in (0, math.inf)),
     ):
-        if candidate / rank == gate:
+        if candidate / divisor == gate:
             return candidate
     return alpha
 

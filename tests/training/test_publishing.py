@@ -12,7 +12,6 @@ from storage.adapter_directory import write_directory
 from storage.base_checkpoint import BaseFacts
 from storage.errors import AdapterRefusedError
 from storage.formats.peft import read_peft
-from storage.formats.writing import write_flora, write_lora
 from storage.identity import AdapterName
 from storage.local_store import LocalObjectStore
 from storage.registry import Registry
@@ -25,7 +24,7 @@ from tests.training.tiny_jobs import (
     tiny_model,
     trained,
 )
-from training.publishing import publisher
+from training.publishing import peft_files, publisher
 from training.spec import AdapterSpec
 
 
@@ -59,6 +58,7 @@ def test_a_published_adapter_reads_back_as_it_was_trained(
     assert registry.resolve(name, spec.alias) == version
     manifest = registry.manifest(name, version)
     assert manifest.provenance.source == "training:job-1"
+    assert manifest.content.family == spec.family
     assert manifest.content.base_digest == base.digest
     assert manifest.provenance.warnings == ()
     files = {path: registry.read_file(entry) for path, entry in manifest.content.files.items()}
@@ -89,8 +89,7 @@ def test_peft_loads_what_was_trained_and_loses_as_much(
     """PEFT's loss with the published adapter is the trainer's own loss of the step that would have come next."""
     faster = spec.model_copy(update={"learning_rate": 2e-2})
     rows = trained(faster).published[spec.name]
-    write = write_flora if spec.family == "flora" else write_lora
-    write_directory(tmp_path / "adapter", write(rows, base.name))
+    write_directory(tmp_path / "adapter", peft_files(spec, rows, base.name))
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
     one_more = faster.model_copy(update={"steps": 9})
     run = run_of(one_more)

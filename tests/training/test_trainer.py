@@ -22,6 +22,7 @@ from tests.training.tiny_jobs import (
     trained,
     trainer,
 )
+from training.adapter_run import AdapterRun
 from training.events import (
     AdapterEvaluated,
     AdapterFailed,
@@ -82,6 +83,43 @@ def test_held_out_loss_is_measured_and_ends_what_no_longer_improves() -> None:
     assert [(e.adapter, e.step) for e in done.of(AdapterFinished)] == [("early", 6), ("steady", 10)]
     assert "early stop" in done.of(AdapterFinished)[0].reason
     assert set(done.published) == {"early", "steady"}
+
+
+@pytest.mark.parametrize("restarts", [False, True], ids=["undisturbed", "restored"])
+def test_who_stops_early_publishes_its_best_step(restarts: bool) -> None:
+    """The held-out examples are other ones, so that learning the training examples soon makes them worse."""
+    spec = adapter(
+        "early",
+        evaluation={"fraction": 0.2, "every_steps": 1},
+        early_stop={"patience": 3},
+        learning_rate=5e-2,
+        steps=40,
+    )
+
+    def run(spec: AdapterSpec) -> AdapterRun:
+        return run_of(spec, held_out=sequences("other", 5))
+
+    if restarts:
+        recorder = Recorder()
+        cut_off = trainer(spec, recorder=recorder, run=run)
+        cut_off.start()
+        while cut_off.runs[0].evaluations_since_best < 2:
+            cut_off.step()
+        resumed = trainer(spec, recorder=recorder, run=run)
+        resumed.restore(0, cut_off.state_of(0))
+        resumed.run()
+    else:
+        recorder = trained(spec, run=run)
+    evaluated = {event.step: event.loss for event in recorder.of(AdapterEvaluated)}
+    (finished,) = recorder.of(AdapterFinished)
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert best == finished.step - 3
+    assert f"of step {best}, its best" in finished.reason
+    as_long_as_the_best = trained(spec.model_copy(update={"steps": best}), run=run)
+    difference = largest_difference(
+        recorder.published["early"], as_long_as_the_best.published["early"]
+    )
+    assert difference == 0.0
 
 
 def test_evaluation_changes_nothing_but_the_events() -> None:
