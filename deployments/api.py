@@ -5,40 +5,64 @@ from __future__ import annotations
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Annotated
 
-from cluster.published import Published
+from fastapi import Depends, Request
+
 from cluster.state import ClusterState
 from cluster.view import TableView
+from deployments.adapter_admin import AdapterAdmin
+from deployments.callers import Caller, Doorkeeper
+from deployments.errors import AdminOnlyError
 from deployments.gateway import EngineGateway
+from deployments.last_good import LastGood
 from deployments.metrics.exposition import Metrics
+from deployments.model_list import ModelList
 from deployments.model_names import ModelNames
 from deployments.text import TextCodec
-from storage.identity import DEFAULT_TENANT
+from deployments.upload import Uploads
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """Parts of one ingress.
-
-    `published` reads the registry and blocks; `cluster_state` asks the placement manager. Both raise our errors.
-    """
+    """Parts of one ingress. `cluster_state` asks the placement manager, and raises our errors."""
 
     base_id: str
     created_s: int  # when this ingress started, seconds since 1970
     request_timeout_s: float
-    allows_remote: bool  # whether requests from other machines are answered
+    doorkeeper: Doorkeeper
     gateway: EngineGateway
     codec: TextCodec
     names: ModelNames
     view: TableView
-    published: Callable[[], Published]
+    models: LastGood[ModelList]
+    admin: AdapterAdmin
+    uploads: Uploads
     cluster_state: Callable[[], Awaitable[ClusterState]]
     metrics: Metrics
 
-    @property
-    def tenant(self) -> str:
-        """Whose adapters a request may use: without keys, there is one tenant."""
-        return DEFAULT_TENANT
+
+def api_of(request: Request) -> Api:
+    api: Api = request.app.state.api
+    return api
+
+
+def caller_of(request: Request) -> Caller:
+    """Who the door let in with this request."""
+    caller: Caller = request.scope["caller"]
+    return caller
+
+
+def admin_of(request: Request) -> Caller:
+    """Raises AdminOnlyError when the caller's key is a user's."""
+    caller = caller_of(request)
+    if not caller.is_admin:
+        raise AdminOnlyError(f"{request.url.path} needs an admin key; this one is a user's")
+    return caller
+
+
+Admin = Annotated[Caller, Depends(admin_of)]
+"""A route's parameter that makes it one for admins."""
 
 
 def new_request_id() -> str:

@@ -14,12 +14,14 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from cluster.actor import NAMESPACE, PlacementSpec
+from cluster.key_store import KeyStore
 from deployments.ingress import Ingress, http_app_builder
 from deployments.replica import EngineReplica
 from deployments.router import AdapterRouter
 from deployments.scaling_policy import ScalingPolicy
 from deployments.settings import Settings, read_settings
 from storage.errors import SpecificationError
+from storage.stores import open_store
 
 ENGINE = "Engine"
 INGRESS = "Ingress"
@@ -39,9 +41,10 @@ def build_app(args: Settings | Mapping[str, Any]) -> Application:
 
     Raises:
         SpecificationError: a setting is wrong; `param` names it.
+        StoreUnavailableError: API keys are needed, and the registry that keeps them cannot be reached.
     """
     settings = args if isinstance(args, Settings) else read_settings(**dict(args))
-    _check_door(settings)
+    check_door(settings)
     spec = placement_spec(settings)
     engine = _engine_deployment(settings, spec).bind(settings, spec)
     ingress = serve.deployment(
@@ -118,15 +121,21 @@ def _grace_s(settings: Settings) -> float:
     return settings.serve.request_timeout_s + _LAST_WORDS_S
 
 
-def _check_door(settings: Settings) -> None:
-    """Keys come in a later release; until then nobody serves by accident what everybody can reach."""
+def check_door(settings: Settings) -> None:
+    """Nobody serves by accident what everybody can reach.
+
+    Raises:
+        SpecificationError: there is no key that opens this server, or it is open to others than this machine.
+        StoreUnavailableError: the registry, which keeps the keys, cannot be reached.
+    """
     if not settings.serve.allow_anonymous:
-        raise SpecificationError(
-            "this release has no API keys yet: set serve.allow_anonymous to serve requests of this "
-            "machine without one (`flora up` does)",
-            param="serve.allow_anonymous",
-        )
-    if not _is_loopback(settings.serve.host):
+        if not KeyStore(open_store(settings.storage)).keys():
+            raise SpecificationError(
+                "there are no API keys yet: make one with `flora keys create`, or set serve.allow_anonymous to "
+                "serve requests of this machine without one (`flora up` does)",
+                param="serve.allow_anonymous",
+            )
+    elif not _is_loopback(settings.serve.host):
         raise SpecificationError(
             f"serve.allow_anonymous is only for a loopback address such as 127.0.0.1, "
             f"not {settings.serve.host}",

@@ -18,19 +18,10 @@ from storage.errors import (
     UnknownModelError,
 )
 
-_STATUS: tuple[tuple[type[FloraError], int], ...] = (
-    (InvalidRequestError, 400),
-    (UnknownModelError, 404),
-    (BaseMismatchError, 409),
-    (AdapterRefusedError, 422),
-    (CapacityError, 422),
-    (AdapterCorruptError, 503),
-    (StoreUnavailableError, 503),
-    (OverloadedError, 503),
-)
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     409: "conflict_error",
@@ -52,10 +43,52 @@ class WrongAdapterError(FloraError):
     code = "wrong_adapter"
 
 
-class NotLocalError(FloraError):
-    """A server without keys was asked from another machine."""
+class NoKeyError(FloraError):
+    """The request needs an API key and has none."""
 
     code = "authentication_required"
+
+
+class WrongKeyError(FloraError):
+    """The request's API key is unknown or revoked."""
+
+    code = "invalid_api_key"
+
+
+class AdminOnlyError(FloraError):
+    """A user's key was used for what only an admin's may do."""
+
+    code = "admin_key_required"
+
+
+class ForbiddenSourceError(FloraError):
+    """An adapter is to be read from a place that the settings do not allow."""
+
+    code = "source_not_allowed"
+
+
+class NothingThereError(FloraError):
+    """There is no adapter at the place one is to be read from."""
+
+    code = "source_not_found"
+
+
+class AlreadyLoadedError(InvalidRequestError):
+    """An adapter of that name is loaded, and was not to be replaced."""
+
+    code = "adapter_already_loaded"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request's body is longer than what is accepted."""
+
+    code = "body_too_large"
+
+
+class NameTakenError(FloraError):
+    """The name is used by something else already."""
+
+    code = "name_taken"
 
 
 class RequestTimeoutError(OverloadedError):
@@ -68,6 +101,26 @@ class ReplicaLostError(EngineLostError):
     """The replica that was answering is gone. Another one may answer, if the client has seen nothing yet."""
 
     code = "replica_lost"
+
+
+_STATUS: tuple[tuple[type[FloraError], int], ...] = (
+    (NoKeyError, 401),
+    (WrongKeyError, 401),
+    (AdminOnlyError, 403),
+    (ForbiddenSourceError, 403),
+    (BodyTooLargeError, 413),
+    (NothingThereError, 404),
+    (NameTakenError, 409),
+    (InvalidRequestError, 400),
+    (UnknownModelError, 404),
+    (BaseMismatchError, 409),
+    (AdapterRefusedError, 422),
+    (CapacityError, 422),
+    (AdapterCorruptError, 503),
+    (StoreUnavailableError, 503),
+    (OverloadedError, 503),
+)
+"""The first class that fits decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +136,10 @@ def http_error(error: Exception) -> HttpError:
     """The answer to a request that ended with `error`."""
     if not isinstance(error, FloraError):
         return plain_error(500, "the server failed; its log says more", code="internal_error")
-    status = 401 if isinstance(error, NotLocalError) else 500
-    status = next((number for kind, number in _STATUS if isinstance(error, kind)), status)
+    status = next((number for kind, number in _STATUS if isinstance(error, kind)), 500)
     headers = {}
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     if status == 503:
         headers["Retry-After"] = str(OverloadedError.retry_after_s)
     message = error.message

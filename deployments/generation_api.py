@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments.answer_text import Delta
-from deployments.api import Api, new_request_id
+from deployments.api import Api, caller_of, new_request_id
 from deployments.errors import http_error
 from deployments.event_stream import EventStreamResponse, merged
 from deployments.generation import Generation
@@ -141,7 +141,8 @@ async def _generations(
     samplings = [body.sampling(max_tokens) for _ in prompts]
     for prompt in prompts:
         _check_length(api, prompt.token_ids, max_tokens)
-    model = await api.names.resolve(body.model, api.tenant)
+    tenant = caller_of(request).tenant
+    model = await api.names.resolve(body.model, tenant)
     request_id = new_request_id()
     return [
         Generation(
@@ -153,7 +154,7 @@ async def _generations(
                 prompt_token_ids=tuple(prompt.token_ids),
                 sampling=sampling.of_choice(choice),
                 adapters=model.adapters,
-                tenant=api.tenant,
+                tenant=tenant,
                 deadline_s=time.time() + api.request_timeout_s,
                 trace_id=request.scope["request_id"],
                 work_per_token=model.work_per_token,

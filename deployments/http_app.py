@@ -14,14 +14,25 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments import adapters_api, generation_api, metrics_api, models_api, service_api
+from deployments import (
+    adapters_api,
+    cluster_api,
+    generation_api,
+    lora_api,
+    metrics_api,
+    models_api,
+    service_api,
+)
 from deployments.api import Api, new_request_id
-from deployments.errors import HttpError, NotLocalError, http_error, plain_error
+from deployments.callers import Doorkeeper
+from deployments.errors import HttpError, http_error, plain_error
 from deployments.metrics.requests import MeasuredApp, MeasuredGateway
 from deployments.version import VERSION
 from storage.errors import FloraError, InvalidRequestError, UnsupportedFieldError
 
 _MAX_REQUEST_ID = 128
+_OPEN_TO_ALL = frozenset({"/health", "/version", "/docs", "/openapi.json"})
+"""What tells nothing of anybody: probes of a load balancer have no key."""
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +45,20 @@ def create_http_app(api: Api, *, is_behind_serve: bool = False) -> FastAPI:
     """
     app = FastAPI(title="FLoRA Cluster", version=VERSION)
     app.state.api = replace(api, gateway=MeasuredGateway(api.gateway, api.metrics.requests))
-    for module in (generation_api, models_api, adapters_api, service_api, metrics_api):
+    for module in (
+        generation_api,
+        models_api,
+        adapters_api,
+        lora_api,
+        cluster_api,
+        service_api,
+        metrics_api,
+    ):
         app.include_router(module.router)
     app.add_exception_handler(FloraError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(_Door, allows_remote=api.allows_remote, stamps_responses=not is_behind_serve)
+    app.add_middleware(_Door, keeper=api.doorkeeper, stamps_responses=not is_behind_serve)
     app.add_middleware(MeasuredApp, metrics=api.metrics.requests)
     return app
 
@@ -95,9 +114,9 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
 class _Door:
     """Around everything: who may come in, a request id for each response, and nothing of our inside on a crash."""
 
-    def __init__(self, app: ASGIApp, allows_remote: bool, stamps_responses: bool) -> None:
+    def __init__(self, app: ASGIApp, keeper: Doorkeeper, stamps_responses: bool) -> None:
         self._app = app
-        self._allows_remote = allows_remote
+        self._keeper = keeper
         self._stamps_responses = stamps_responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,15 +137,14 @@ class _Door:
             await send(message)
 
         try:
-            if not self._allows_remote and not _is_local(scope):
-                error = NotLocalError(
-                    "this server has no API keys and answers only its own machine"
+            if scope["path"] not in _OPEN_TO_ALL:
+                scope["caller"] = await self._keeper.identify(
+                    _header(scope, b"authorization"), is_local=_is_local(scope)
                 )
-                await respond(http_error(error))(scope, receive, send_stamped)
-            else:
-                await self._app(scope, receive, send_stamped)
+            await self._app(scope, receive, send_stamped)
         except Exception as error:
-            _log.exception("request %s failed", request_id)
+            if not isinstance(error, FloraError):
+                _log.exception("request %s failed", request_id)
             if has_started:
                 raise
             await respond(http_error(error))(scope, receive, send_stamped)
@@ -134,12 +152,15 @@ class _Door:
 
 def _request_id(scope: Scope) -> str:
     """The client's own, if it is fit to be repeated in a header; else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id":
-            text: str = value.decode("latin-1")
-            if 0 < len(text) <= _MAX_REQUEST_ID and text.isascii() and text.isprintable():
-                return text
-    return new_request_id()
+    text = _header(scope, b"x-request-id") or ""
+    is_fit = 0 < len(text) <= _MAX_REQUEST_ID and text.isascii() and text.isprintable()
+    return text if is_fit else new_request_id()
+
+
+def _header(scope: Scope, wanted: bytes) -> str | None:
+    found = (value for name, value in scope["headers"] if name == wanted)
+    value: bytes | None = next(found, None)
+    return None if value is None else value.decode("latin-1")
 
 
 def _is_local(scope: Scope) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,22 +15,32 @@ from ray import serve
 from ray.exceptions import RayError
 
 from cluster.actor import PlacementSpec, connect
-from cluster.published import Published, PublishedReader
+from cluster.key_store import KeyStore
+from cluster.published import PublishedReader
 from cluster.state import ClusterState
+from deployments.adapter_admin import AdapterAdmin
+from deployments.adapter_sources import AdapterSources
 from deployments.api import Api
+from deployments.callers import Doorkeeper
 from deployments.gateway import ServeGateway
 from deployments.http_app import create_http_app
+from deployments.last_good import LastGood
 from deployments.metrics.exposition import Metrics
+from deployments.model_list import ModelListReader
 from deployments.model_names import ModelNames
 from deployments.settings import Settings
 from deployments.table_poller import shared_view
 from deployments.text import TextCodec
-from storage.errors import OverloadedError, StoreUnavailableError
+from deployments.upload import Uploads
+from storage.base_checkpoint import read_base_facts
+from storage.errors import OverloadedError
 from storage.registry import Registry
 from storage.stores import open_store
 from workers.models.loading import with_local_base
 
 _ANSWER_TIMEOUT_S = 5.0
+_KEYS_PERIOD_S = 5.0
+"""A revoked key opens nothing after this long."""
 
 _log = logging.getLogger(__name__)
 
@@ -43,24 +53,46 @@ def http_app_builder(
     def build() -> FastAPI:
         app_name = serve.get_replica_context().app_name
         view = shared_view(spec)
-        registry = Registry(open_store(settings.storage))
+        store = open_store(settings.storage)
+        registry = Registry(store)
+        base_id = settings.engine.base_id
+        models = LastGood(
+            ModelListReader(PublishedReader(registry, time.monotonic).read, base_id).read,
+            settings.cluster.registry_poll_s,
+            "model-list",
+        )
+        keys = LastGood(KeyStore(store).ring, _KEYS_PERIOD_S, "api-keys")
+        for reading in (models, keys):
+            reading.follow()
+        engine = with_local_base(settings.engine, settings.storage)
         return create_http_app(
             Api(
-                base_id=settings.engine.base_id,
+                base_id=base_id,
                 created_s=int(time.time()),
                 request_timeout_s=settings.serve.request_timeout_s,
-                allows_remote=not settings.serve.allow_anonymous,
+                doorkeeper=Doorkeeper(keys, allows_anonymous=settings.serve.allow_anonymous),
                 gateway=ServeGateway(serve.get_deployment_handle(engine_name, app_name)),
-                codec=TextCodec.open(with_local_base(settings.engine, settings.storage)),
+                codec=TextCodec.open(engine),
                 names=ModelNames(
                     view,
                     registry,
-                    settings.engine.base_id,
+                    lambda: models.last.published if models.last else None,
+                    base_id,
                     settings.cluster.table_ttl_s,
                     on_news=lambda: _nudge(spec),
                 ),
                 view=view,
-                published=_last_good(PublishedReader(registry, time.monotonic)),
+                models=models,
+                admin=AdapterAdmin(
+                    registry,
+                    base_id,
+                    lambda: read_base_facts(Path(engine.base), base_id),
+                    AdapterSources(settings.serve.adapter_sources, settings.storage),
+                    models,
+                    on_change=lambda: _nudge(spec),
+                    max_bytes=settings.storage.max_adapter_bytes,
+                ),
+                uploads=Uploads(settings.storage.max_adapter_bytes),
                 cluster_state=lambda: _cluster_state(spec),
                 metrics=Metrics(view),
             ),
@@ -75,24 +107,6 @@ class Ingress:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-
-
-def _last_good(reader: PublishedReader) -> Callable[[], Published]:
-    """Reads for many threads, one at a time. While the registry is away, what it said last stands."""
-    lock = threading.Lock()
-    last: Published | None = None
-
-    def read() -> Published:
-        nonlocal last
-        with lock:
-            try:
-                last = reader.read()
-            except StoreUnavailableError:
-                if last is None:
-                    raise
-            return last
-
-    return read
 
 
 def _nudge(spec: PlacementSpec) -> None:

@@ -7,16 +7,16 @@ import asyncio
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from deployments.api import Api
+from deployments.api import Admin, api_of
 from storage.errors import OverloadedError
 
 router = APIRouter()
 
 
 @router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Figures of this ingress and of all replicas; also while the placement manager is away."""
-    api: Api = request.app.state.api
+async def metrics(request: Request, admin: Admin) -> Response:
+    """Figures of this ingress and of all replicas; also while the placement manager is away. Needs an admin key."""
+    api = api_of(request)
     try:
         state = await api.cluster_state()
     except OverloadedError:

@@ -1,21 +1,36 @@
 """Which adapter version a request's `model` means: by the placement table, else by the registry's own word.
 
 An adapter answers as soon as it is published, before any table knows it. A name nobody knows is asked of the registry
-at most once a second. There is no fall-back to the base model.
+at most once a second. A tenant's own adapter comes before a shared one of the same name. There is no fall-back to the
+base model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.published import facts_of
-from cluster.table import AdapterFacts, AliasKey
+from cluster.published import Published, PublishedAdapter, facts_of
+from cluster.table import AdapterFacts
 from cluster.view import TableView
-from storage.errors import InvalidRequestError, StoreUnavailableError, UnknownModelError
-from storage.identity import AdapterName, AdapterSet, AdapterVersion, ModelName, parse_model_id
+from storage.errors import (
+    AdapterCorruptError,
+    AmbiguousModelError,
+    StoreUnavailableError,
+)
+from storage.identity import (
+    DEFAULT_ALIAS,
+    SHARED_TENANT,
+    VERSION_PREFIX,
+    VERSION_START,
+    AdapterName,
+    AdapterSet,
+    AdapterVersion,
+    is_name,
+    parse_model_id,
+)
 from storage.registry import Registry
 
 ASK_AGAIN_S = 1.0
@@ -29,13 +44,23 @@ class ResolvedModel:
 
     adapters: AdapterSet
     work_per_token: float
+    name: AdapterName | None = None  # None: the base model
 
 
 BASE_MODEL = ResolvedModel(AdapterSet(), 1.0)
 
 
-def _adapter(version: AdapterVersion, facts: AdapterFacts) -> ResolvedModel:
-    return ResolvedModel(AdapterSet.of(version), facts.work_per_token)
+def _adapter(name: AdapterName, version: AdapterVersion, facts: AdapterFacts) -> ResolvedModel:
+    return ResolvedModel(AdapterSet.of(version), facts.work_per_token, name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """An adapter by the names it may have, the tenant's own first, and what selects its version."""
+
+    model: str
+    names: tuple[AdapterName, ...]
+    selector: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +70,10 @@ class _Asked:
 
 
 class ModelNames:
-    """Resolves model names. One event loop.
+    """Resolves model names, in a time that does not grow with how many there are. One event loop.
 
     Args:
+        published: what is known to be published, possibly a moment old; None while nothing was read.
         table_ttl_s: a table heard of longer ago is asked only when the registry is away.
         on_news: called, from any thread, when the registry knows a name that the table does not.
         clock: seconds; only differences matter.
@@ -57,6 +83,7 @@ class ModelNames:
         self,
         view: TableView,
         registry: Registry,
+        published: Callable[[], Published | None],
         base_id: str,
         table_ttl_s: float,
         on_news: Callable[[], None],
@@ -64,15 +91,12 @@ class ModelNames:
     ) -> None:
         self._view = view
         self._registry = registry
+        self._published = published
         self._base_id = base_id
         self._table_ttl_s = table_ttl_s
         self._on_news = on_news
         self._clock = clock
         self._asked: dict[tuple[str, str], _Asked] = {}
-        self._names: tuple[Mapping[AliasKey, AdapterVersion], frozenset[tuple[str, str]]] = (
-            {},
-            frozenset(),
-        )
 
     async def resolve(self, model: str, tenant: str) -> ResolvedModel:
         """The adapters that `model` means for a tenant.
@@ -81,70 +105,115 @@ class ModelNames:
             UnknownModelError: nothing of that name; the message has the name, `param` is `model`.
             AmbiguousModelError: it names both the base and an adapter, or several versions.
             InvalidRequestError: an empty version, or a version of the base model.
+            AdapterCorruptError: it names a version that is in quarantine; the message says why.
             StoreUnavailableError: only the registry could tell, and it is away.
         """
+        wanted = self._parse(model, tenant)
+        if wanted is None:
+            return BASE_MODEL
         is_fresh = self._view.age_s <= self._table_ttl_s
-        known = self._in_table(model, tenant) if is_fresh else None
+        known = self._known(wanted, trusts_table=is_fresh)
         if known is not None:
             return known
         try:
-            return await self._ask_registry(model, tenant)
+            return await self._ask_registry(wanted, tenant)
         except StoreUnavailableError:
-            known = self._in_table(model, tenant)
+            known = self._known(wanted, trusts_table=True)
             if known is None:
                 raise
             return known
 
-    def _in_table(self, model: str, tenant: str) -> ResolvedModel | None:
-        """None when the table has no such name, alias or version."""
-        table = self._view.table
-        names = self._names_in(table.serving)
-        try:
-            name = parse_model_id(model, self._base_id, lambda text: (tenant, text) in names)
-        except UnknownModelError:
-            return None
+    def forget(self) -> None:
+        """Ask the registry anew for every name: something was published here."""
+        self._asked.clear()
+
+    def _parse(self, model: str, tenant: str) -> _Wanted | None:
+        """None for the base model. Whether an adapter exists is found out later, except one called like the base."""
+        owners = dict.fromkeys((tenant, SHARED_TENANT))
+
+        def may_exist(text: str) -> bool:
+            if text != self._base_id:
+                return is_name(text)
+            return is_name(text) and any(self._exists(AdapterName(owner, text)) for owner in owners)
+
+        name = parse_model_id(model, self._base_id, may_exist)
         if name.adapter is None:
-            return BASE_MODEL
-        version = table.serving.get((tenant, name.adapter, name.selector))
-        facts = table.facts.get(version) if version else None
-        return _adapter(version, facts) if version and facts else None
+            return None
+        names = tuple(AdapterName(owner, name.adapter) for owner in owners)
+        return _Wanted(model, names, name.selector)
 
-    def _names_in(self, serving: Mapping[AliasKey, AdapterVersion]) -> frozenset[tuple[str, str]]:
-        if self._names[0] is not serving:
-            self._names = serving, frozenset((tenant, name) for tenant, name, _ in serving)
-        return self._names[1]
+    def _exists(self, name: AdapterName) -> bool:
+        published = self._published()
+        return (published is not None and name in published.adapters) or (
+            (name.tenant, name.name, DEFAULT_ALIAS) in self._view.table.serving
+        )
 
-    async def _ask_registry(self, model: str, tenant: str) -> ResolvedModel:
+    def _known(self, wanted: _Wanted, *, trusts_table: bool) -> ResolvedModel | None:
+        """Without asking anybody; None when there is no such name, alias or version in what is at hand."""
+        table, published = self._view.table, self._published()
+        for name in wanted.names:
+            key = (name.tenant, name.name, wanted.selector)
+            version = table.serving.get(key) if trusts_table else None
+            facts = table.facts.get(version) if version else None
+            if version and facts:
+                return _adapter(name, version, facts)
+            adapter = published.adapters.get(name) if published else None
+            if adapter is not None:  # and so no shared one of its name is meant
+                assert published is not None
+                return _version_of(adapter, wanted.selector, published)
+        return None
+
+    async def _ask_registry(self, wanted: _Wanted, tenant: str) -> ResolvedModel:
         """One question at a time for each name; its answer stands for a second."""
         now_s = self._clock()
-        asked = self._asked.get((tenant, model))
+        asked = self._asked.get((tenant, wanted.model))
         if asked is None or (asked.answer.done() and now_s - asked.at_s >= ASK_AGAIN_S):
             if len(self._asked) >= _MAX_ANSWERS:
-                self._forget(now_s)
-            task = asyncio.create_task(asyncio.to_thread(self._in_registry, model, tenant))
+                self._forget_old(now_s)
+            task = asyncio.create_task(asyncio.to_thread(self._in_registry, wanted))
             # Whoever asked may be gone by then.
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            asked = self._asked[tenant, model] = _Asked(now_s, task)
+            asked = self._asked[tenant, wanted.model] = _Asked(now_s, task)
         return await asyncio.shield(asked.answer)
 
-    def _forget(self, now_s: float) -> None:
+    def _forget_old(self, now_s: float) -> None:
         self._asked = {
             key: asked for key, asked in self._asked.items() if now_s - asked.at_s < ASK_AGAIN_S
         }
 
-    def _in_registry(self, model: str, tenant: str) -> ResolvedModel:
-        def exists(text: str) -> bool:
-            try:
-                adapter = AdapterName(tenant, text)
-            except InvalidRequestError:  # no adapter can have such a name
-                return False
-            # `resolve` below finds out for every name but the base model's, which it is not called for.
-            return text != self._base_id or bool(self._registry.versions(adapter))
-
-        name: ModelName = parse_model_id(model, self._base_id, exists)
-        if name.adapter is None:
-            return BASE_MODEL
-        version = self._registry.resolve(AdapterName(tenant, name.adapter), name.selector)
-        resolved = _adapter(version, facts_of(self._registry.content(version)))
+    def _in_registry(self, wanted: _Wanted) -> ResolvedModel:
+        # Of shared adapters the list is up to date enough, and a name of the tenant's own hides them.
+        own, *shared = wanted.names
+        name = own
+        if not self._exists(own):
+            name = next((each for each in shared if self._exists(each)), own)
+        version = self._registry.resolve(name, wanted.selector)
+        resolved = _adapter(name, version, facts_of(self._registry.content(version)))
         self._on_news()
         return resolved
+
+
+def _version_of(
+    adapter: PublishedAdapter, selector: str, published: Published
+) -> ResolvedModel | None:
+    """The version that digits select, as `Registry.resolve` does; None for an alias: the table knows what it serves."""
+    if selector in adapter.aliases:
+        return None
+    digits = selector.removeprefix(VERSION_PREFIX)
+    if not VERSION_START.fullmatch(digits):
+        return None
+    found = [each for each in adapter.versions if each.version.startswith(digits)]
+    if len(found) > 1:
+        raise AmbiguousModelError(
+            f"{len(found)} versions of adapter {adapter.name.name!r} start with {digits}; give more digits",
+            param="model",
+        )
+    for each in found:
+        reason = published.quarantined.get(each.version)
+        if reason is not None:
+            raise AdapterCorruptError(
+                f"version {each.version} of adapter {adapter.name.name!r} is in quarantine: {reason}",
+                param="model",
+            )
+        return _adapter(adapter.name, each.version, AdapterFacts(each.pages, each.num_bytes))
+    return None

@@ -32,6 +32,10 @@ class ServeSettings(BaseModel):
     allow_anonymous: bool = Field(
         default=False, description="Serve requests without a key. Only for a loopback address."
     )
+    adapter_sources: tuple[str, ...] = Field(
+        default=(),
+        description="Directories and s3://bucket/prefix below which adapters may be registered from; none: nowhere.",
+    )
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(
         default=1, ge=1, description="More than min_replicas: their number follows the load."

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from storage.errors import AdapterRefusedError, InvalidRequestError
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def read_directory(path: Path) -> dict[str, bytes]:
@@ -18,9 +18,11 @@ def read_directory(path: Path) -> dict[str, bytes]:
     Raises:
         AdapterRefusedError: the directory holds no adapter.
     """
-    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    files = {name: (path / name).read_bytes() for name in ADAPTER_FILES if (path / name).is_file()}
     if not files:
-        raise AdapterRefusedError(f"{path} holds no adapter: {' and '.join(_FILES)} are expected")
+        raise AdapterRefusedError(
+            f"{path} holds no adapter: {' and '.join(ADAPTER_FILES)} are expected"
+        )
     return files
 
 

@@ -23,10 +23,15 @@ AdapterVersion = NewType("AdapterVersion", str)
 
 DEFAULT_ALIAS = "latest"
 DEFAULT_TENANT = "default"
+SHARED_TENANT = "shared"
+"""Every tenant may use its adapters; one of the tenant's own with the same name comes first."""
 VERSION_PREFIX = "sha256:"
 
 NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"
 """What adapters, aliases and tenants may be called."""
+
+VERSION_START = re.compile(r"[0-9a-f]{8,64}")
+"""So much of a version selects it."""
 
 _NAME = re.compile(NAME_PATTERN)
 _VERSION = re.compile(r"[0-9a-f]{64}")

@@ -7,7 +7,6 @@ under the same version. Knows nothing of tensors.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -32,6 +31,7 @@ from storage.history import live_record, newest_good, versions_of
 from storage.identity import (
     DEFAULT_ALIAS,
     VERSION_PREFIX,
+    VERSION_START,
     AdapterName,
     AdapterVersion,
     canonical_json,
@@ -54,8 +54,6 @@ from storage.manifest import (
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
 from storage.ranged_reads import read_object
 from storage.records import decode, encode, read, swap
-
-_VERSION_START = re.compile(r"[0-9a-f]{8,64}")
 
 
 class Registry:
@@ -141,7 +139,7 @@ class Registry:
             return self._intact(name, versions_of(live))
         digits = selector.removeprefix(VERSION_PREFIX)
         found: list[AdapterVersion] = []
-        if _VERSION_START.fullmatch(digits):
+        if VERSION_START.fullmatch(digits):
             found = list_versions(self._store, name, tombstone, digits)
         if len(found) > 1:
             raise AmbiguousModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +13,32 @@ import openai
 import pytest
 import uvicorn
 
+from cluster.key_store import KeyStore
 from cluster.published import PublishedReader
 from cluster.state import ClusterState
 from cluster.view import TableView
+from deployments.adapter_admin import AdapterAdmin
+from deployments.adapter_sources import AdapterSources
 from deployments.api import Api
-from deployments.gateway import ReplicaOutputs
+from deployments.callers import Doorkeeper
+from deployments.gateway import EngineGateway, ReplicaOutputs
 from deployments.http_app import create_http_app
+from deployments.last_good import LastGood
 from deployments.metrics.exposition import Metrics
+from deployments.model_list import ModelListReader
 from deployments.model_names import ModelNames
 from deployments.request_streams import RequestStreams
 from deployments.text import TextCodec
+from deployments.upload import Uploads
 from storage.adapter_cache import AdapterCache
+from storage.stores import open_store
 from tests.deployments.world import BASE_ID, LoneEngine, World, settings_for
 from workers.engine.building import build_engine
 from workers.engine.request import EngineRequest
 from workers.engine.thread_client import ThreadEngineClient
+
+POLL_S = 0.05
+"""How often these servers look at the registry."""
 
 
 @dataclass
@@ -65,35 +77,73 @@ def local_server(
 ) -> Iterator[LocalServer]:
     settings = settings_for(tiny_llama_dir, tmp_path_factory.mktemp("local"))
     world = World.create(tiny_llama_dir, settings)
-    cache = AdapterCache(world.registry, settings.storage)
-    client = ThreadEngineClient(build_engine(settings.engine, cache.get))
-    gateway = LocalGateway(RequestStreams(client, "replica-here"), client)
+    alone = LoneEngine(world)
+    with local_replica(world) as gateway, served(world, gateway) as (url, api):
+        yield LocalServer(url, gateway, world, api.codec, alone)
+    alone.client.stop()
+
+
+@contextmanager
+def local_replica(world: World) -> Iterator[LocalGateway]:
+    """An engine of the world's settings."""
+    cache = AdapterCache(world.registry, world.settings.storage)
+    client = ThreadEngineClient(build_engine(world.settings.engine, cache.get))
+    try:
+        yield LocalGateway(RequestStreams(client, "replica-here"), client)
+    finally:
+        client.stop()
+
+
+@contextmanager
+def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
+    """The HTTP application over a registry, as an ingress wires it, but without a placement manager. Its URL."""
+    settings = world.settings
     view = TableView(time.monotonic)
-    codec = TextCodec.open(settings.engine)
+    reader = PublishedReader(world.registry, time.monotonic)
+    models = LastGood(ModelListReader(reader.read, BASE_ID).read, POLL_S, "model-list")
+    keys = LastGood(KeyStore(open_store(settings.storage)).ring, POLL_S, "api-keys")
 
     async def no_manager() -> ClusterState:
         return ClusterState(view.table)
 
-    app = create_http_app(
-        Api(
-            base_id=BASE_ID,
-            created_s=1,
-            request_timeout_s=60.0,
-            allows_remote=False,
-            gateway=gateway,
-            codec=codec,
-            names=ModelNames(view, world.registry, BASE_ID, table_ttl_s=30.0, on_news=lambda: None),
-            view=view,
-            published=PublishedReader(world.registry, time.monotonic).read,
-            cluster_state=no_manager,
-            metrics=Metrics(view),
-        )
+    api = Api(
+        base_id=BASE_ID,
+        created_s=1,
+        request_timeout_s=60.0,
+        doorkeeper=Doorkeeper(keys, allows_anonymous=settings.serve.allow_anonymous),
+        gateway=gateway,
+        codec=TextCodec.open(settings.engine),
+        names=ModelNames(
+            view,
+            world.registry,
+            lambda: models.last.published if models.last else None,
+            BASE_ID,
+            table_ttl_s=30.0,
+            on_news=lambda: None,
+        ),
+        view=view,
+        models=models,
+        admin=AdapterAdmin(
+            world.registry,
+            BASE_ID,
+            lambda: world.base,
+            AdapterSources(settings.serve.adapter_sources, settings.storage),
+            models,
+            on_change=lambda: None,
+            max_bytes=settings.storage.max_adapter_bytes,
+        ),
+        uploads=Uploads(settings.storage.max_adapter_bytes),
+        cluster_state=no_manager,
+        metrics=Metrics(view),
     )
-    alone = LoneEngine(world)
-    with serving(app) as url:
-        yield LocalServer(url, gateway, world, codec, alone)
-    client.stop()
-    alone.client.stop()
+    models.follow()
+    keys.follow()
+    try:
+        with serving(create_http_app(api)) as url:
+            yield url, api
+    finally:
+        models.stop()
+        keys.stop()
 
 
 class serving:

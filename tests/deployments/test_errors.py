@@ -10,13 +10,17 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
+from cluster.keys import KeyRing
 from cluster.published import Published
 from cluster.view import TableView
 from deployments import errors as door_errors
 from deployments.api import Api
+from deployments.callers import Doorkeeper
 from deployments.errors import http_error
 from deployments.http_app import create_http_app
+from deployments.last_good import LastGood
 from deployments.metrics.exposition import Metrics
+from deployments.model_list import ModelList
 from storage import errors
 from storage.errors import FloraError, StoreUnavailableError
 from tests.cluster.clocks import ManualClock
@@ -34,7 +38,14 @@ STATUS = {
     "AdapterCorruptError": 503,
     "StoreUnavailableError": 503,
     "OverloadedError": 503,
-    "NotLocalError": 401,
+    "NoKeyError": 401,
+    "WrongKeyError": 401,
+    "AdminOnlyError": 403,
+    "ForbiddenSourceError": 403,
+    "NothingThereError": 404,
+    "NameTakenError": 409,
+    "AlreadyLoadedError": 400,
+    "BodyTooLargeError": 413,
     "EngineLostError": 503,
     "ReplicaLostError": 503,
     "RequestTimeoutError": 503,
@@ -64,6 +75,11 @@ def test_each_error_has_its_status_and_one_shape(kind: type[FloraError]) -> None
     assert error["param"] == "model"
     assert error["code"] == kind.code and isinstance(error["type"], str)
     assert ("Retry-After" in answer.headers) == (answer.status == 503)
+    assert ("WWW-Authenticate" in answer.headers) == (answer.status == 401)
+
+
+def reading(value: Any) -> LastGood[Any]:
+    return LastGood(lambda: value, 1.0, "constant")
 
 
 def test_a_registry_that_is_away_is_told_without_naming_its_host() -> None:
@@ -80,12 +96,14 @@ def app_parts(**parts: Any) -> Api:
         base_id="base",
         created_s=1,
         request_timeout_s=1.0,
-        allows_remote=False,
+        doorkeeper=Doorkeeper(reading(KeyRing()), allows_anonymous=True),
         gateway=nothing,
         codec=nothing,
         names=nothing,
         view=TableView(ManualClock()),
-        published=Published,
+        models=reading(ModelList(Published())),
+        admin=nothing,
+        uploads=nothing,
         cluster_state=nothing,
         metrics=Metrics(TableView(ManualClock())),
     )
@@ -106,7 +124,7 @@ def crash() -> NoReturn:
 
 
 def test_a_crash_tells_nothing_of_our_inside() -> None:
-    response = get(app_parts(published=crash), "/v1/models")
+    response = get(app_parts(models=LastGood(crash, 1.0, "broken")), "/v1/models")
     assert response.status_code == 500
     assert "secret" not in response.text and "Traceback" not in response.text
     assert response.json()["error"]["code"] == "internal_error"

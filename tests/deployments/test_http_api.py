@@ -26,6 +26,7 @@ def server(local_server: LocalServer) -> LocalServer:
     world.publish("poet", rank=2, seed=1)
     world.publish("clerk", rank=3, seed=2)
     world.publish("linguist", rank=4, seed=3, family="lora")
+    until(lambda: "linguist" in httpx.get(f"{local_server.url}/v1/models").text)
     return local_server
 
 
