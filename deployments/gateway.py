@@ -28,12 +28,13 @@ class ReplicaOutputs:
 
 class EngineGateway(Protocol):
     def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         """Send a request to the best replica. Closing the generator aborts the request there.
 
         Args:
             avoided: a replica to be tried last, because it has just failed this request.
+            is_whole: nobody reads along: after the first batch the rest may come as one.
 
         Raises:
             ReplicaLostError: the replica is gone.
@@ -56,11 +57,11 @@ class ServeGateway:
         self._ping = handle.options(method_name="ping")
 
     async def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         # In a context of its own, so that Serve gives the call an id of its own: its router finds waiting calls by
         # the id of the HTTP request they belong to, and of several with one id it forgets all but the first.
-        response = Context().run(self._generate.remote, request, avoided)
+        response = Context().run(self._generate.remote, request, avoided, is_whole)
         is_over = False
         try:
             async for batch in response:

@@ -49,6 +49,7 @@ class Generation:
         self._echo = echo
         self._may_retry = True
         self._avoided = ""
+        self._is_whole = False
         self._stream: AsyncGenerator[ReplicaOutputs, None] | None = None
         self._first: ReplicaOutputs | None = None
 
@@ -59,7 +60,7 @@ class Generation:
             FloraError: why there will be no answer.
         """
         while self._first is None:
-            self._stream = self._gateway.generate(self.request, self._avoided)
+            self._stream = self._gateway.generate(self.request, self._avoided, self._is_whole)
             try:
                 # The engine keeps the deadline of what it has; here nobody may have it yet.
                 async with asyncio.timeout(self._seconds_left()):
@@ -93,6 +94,8 @@ class Generation:
 
     async def text(self) -> Delta:
         """The whole answer. Nobody has seen anything yet, so a lost replica's work is done again elsewhere, once."""
+        # A stop string is found here, and ends the engine's work: then every step counts.
+        self._is_whole = not self._stops
         while True:
             try:
                 await self.start()

@@ -55,10 +55,10 @@ class EngineReplica:
         Heartbeat(spec, self._report, self._obey).start()
 
     async def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         """See `RequestStreams.generate`. `avoided` is for `AdapterRouter`, which has read it by now."""
-        async for batch in self._streams.generate(request):
+        async for batch in self._streams.generate(request, is_whole):
             yield batch
 
     async def ping(self) -> bool:

@@ -20,10 +20,12 @@ class _Inbox:
     def __init__(self) -> None:
         self._outputs: list[RequestOutput] = []
         self._arrived = asyncio.Event()
+        self.waits_for_end = False
 
     def put(self, output: RequestOutput) -> None:
         self._outputs.append(output)
-        self._arrived.set()
+        if output.finish_reason is not None or not self.waits_for_end:
+            self._arrived.set()
 
     async def take(self) -> tuple[RequestOutput, ...]:
         """All that is there, at least one: a slow reader gets several steps at once."""
@@ -48,8 +50,12 @@ class RequestStreams:
         self._loop: asyncio.AbstractEventLoop | None = None
         client.start(self._on_step)
 
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[ReplicaOutputs, None]:
+    async def generate(
+        self, request: EngineRequest, is_whole: bool = False
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
         """Run a request; the last batch has a finish reason. A refusal is an output too, never an exception.
+
+        With `is_whole` there are at most two batches: what came first, and all the rest.
 
         Closed or cancelled early, it aborts the request in the engine. One event loop for all requests.
         """
@@ -75,6 +81,7 @@ class RequestStreams:
             while not is_over:
                 outputs = await inbox.take()
                 is_over = outputs[-1].finish_reason is not None
+                inbox.waits_for_end = is_whole
                 yield self._batch(*outputs)
         finally:
             if self._inboxes.get(request.request_id) is inbox:

@@ -163,11 +163,11 @@ class MeasuredGateway:
     metrics: RequestMetrics
 
     async def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         measured = self.metrics.begin(request)
         try:
-            async with aclosing(self.gateway.generate(request, avoided)) as batches:
+            async with aclosing(self.gateway.generate(request, avoided, is_whole)) as batches:
                 async for batch in batches:
                     measured.took(batch)
                     yield batch

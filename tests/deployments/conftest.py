@@ -50,9 +50,9 @@ class LocalGateway:
     is_up: bool = True
 
     def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
-        return self.streams.generate(request)
+        return self.streams.generate(request, is_whole)
 
     async def is_anyone_there(self) -> bool:
         return self.is_up

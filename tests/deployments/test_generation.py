@@ -39,13 +39,15 @@ class ScriptedGateway:
         self.scripts = list(scripts)
         self.requests: list[EngineRequest] = []
         self.avoided: list[str] = []
+        self.is_whole: list[bool] = []
         self.num_closed_early = 0
 
     async def generate(
-        self, request: EngineRequest, avoided: str = ""
+        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         self.requests.append(request)
         self.avoided.append(avoided)
+        self.is_whole.append(is_whole)
         script = self.scripts[len(self.requests) - 1]
         is_over = False
         try:
@@ -92,6 +94,7 @@ def test_an_answer_says_who_gave_it_and_how_long_it_waited(codec: TextCodec) -> 
     gateway = ScriptedGateway([output(40), output(41, reason=FinishReason.LENGTH)])
     one = generation(codec, gateway)
     assert asyncio.run(one.text()) == Delta(codec.decode([40, 41]), "length")
+    assert gateway.is_whole == [True]
     assert (one.replica_id, one.adapter_tier, one.queue_time_s) == ("replica-1", "disk", 0.25)
     assert one.num_tokens == 2
 
@@ -181,7 +184,7 @@ def test_an_answer_ended_by_its_deadline_is_an_error(codec: TextCodec) -> None:
 def test_an_answer_that_no_replica_begins_is_an_error_at_its_deadline(codec: TextCodec) -> None:
     class NobodyAnswers(ScriptedGateway):
         async def generate(
-            self, request: EngineRequest, avoided: str = ""
+            self, request: EngineRequest, avoided: str = "", is_whole: bool = False
         ) -> AsyncGenerator[ReplicaOutputs, None]:
             await asyncio.Event().wait()
             yield ReplicaOutputs("never", ())
@@ -197,6 +200,7 @@ def test_a_stop_string_ends_the_engines_work_too(codec: TextCodec) -> None:
     one = generation(codec, gateway, stops=["quick"])
     assert asyncio.run(one.text()) == Delta("the ", "stop")
     assert gateway.num_closed_early == 1
+    assert gateway.is_whole == [False], "what comes late would be computed in vain"
 
 
 def test_a_stream_given_up_ends_the_engines_work(codec: TextCodec) -> None:

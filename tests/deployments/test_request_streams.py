@@ -1,0 +1,141 @@
+"""Each request of a replica gets its own part of what the engine's steps bring, in no more pieces than it needs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+import pytest
+
+from deployments.gateway import ReplicaOutputs
+from deployments.request_streams import RequestStreams
+from storage.errors import EngineLostError
+from storage.identity import AdapterSet, AdapterVersion
+from workers.engine.client import EngineLoad
+from workers.engine.request import (
+    EngineRequest,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    StepOutputs,
+)
+
+
+class SteppedEngine:
+    """An `EngineClient` that steps when told."""
+
+    def __init__(self) -> None:
+        self.aborted: list[str] = []
+        self.is_up = True
+        self._on_step: Callable[[StepOutputs], None] = lambda outputs: None
+
+    def start(self, on_step: Callable[[StepOutputs], None]) -> None:
+        self._on_step = on_step
+
+    def submit(self, request: EngineRequest) -> None:
+        if not self.is_up:
+            raise EngineLostError("gone")
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+
+    def prefetch(
+        self,
+        wanted: Sequence[AdapterVersion],
+        pinned: frozenset[AdapterVersion],
+        near: Sequence[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
+    ) -> None: ...
+
+    def load(self) -> EngineLoad:
+        return EngineLoad()
+
+    def is_alive(self) -> bool:
+        return self.is_up
+
+    def stop(self) -> None: ...
+
+    async def step(self, token: int, *names: str, reason: FinishReason | None = None) -> None:
+        self._on_step(
+            StepOutputs(
+                tuple(RequestOutput(name, AdapterSet(), (token,), reason) for name in names)
+            )
+        )
+        for _ in range(10):  # let every reader read
+            await asyncio.sleep(0)
+
+
+def request(name: str) -> EngineRequest:
+    return EngineRequest(name, (1, 2), SamplingParams(max_tokens=50))
+
+
+def tokens(batches: list[ReplicaOutputs]) -> list[list[int]]:
+    return [
+        [token for output in batch.outputs for token in output.new_token_ids] for batch in batches
+    ]
+
+
+async def read(stream: AsyncGenerator[ReplicaOutputs, None]) -> list[ReplicaOutputs]:
+    return [batch async for batch in stream]
+
+
+@pytest.mark.parametrize(
+    ("is_whole", "expected"), [(False, [[1], [2], [3], [4]]), (True, [[1], [2, 3, 4]])]
+)
+def test_a_stream_has_a_batch_for_each_step_and_a_whole_answer_two(
+    is_whole: bool, expected: list[list[int]]
+) -> None:
+    async def run() -> list[ReplicaOutputs]:
+        engine = SteppedEngine()
+        streams = RequestStreams(engine, "here")
+        reader = asyncio.create_task(read(streams.generate(request("r"), is_whole)))
+        await asyncio.sleep(0)
+        for token in (1, 2, 3):
+            await engine.step(token, "r", "of somebody else")
+        await engine.step(4, "r", reason=FinishReason.LENGTH)
+        assert engine.aborted == []
+        return await reader
+
+    batches = asyncio.run(run())
+    assert tokens(batches) == expected
+    assert {batch.replica_id for batch in batches} == {"here"}
+
+
+def test_a_reader_that_is_slow_gets_all_it_missed_at_once() -> None:
+    async def run() -> list[list[int]]:
+        engine = SteppedEngine()
+        stream = RequestStreams(engine, "here").generate(request("r"))
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)
+        await engine.step(1, "r")
+        for token in (2, 3):
+            await engine.step(token, "r")
+        second = await anext(stream)
+        await stream.aclose()
+        return tokens([await first, second])
+
+    assert asyncio.run(run()) == [[1], [2, 3]]
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_reader_that_goes_away_ends_the_engines_work(is_whole: bool) -> None:
+    async def run() -> list[str]:
+        engine = SteppedEngine()
+        streams = RequestStreams(engine, "here")
+        reader = asyncio.create_task(read(streams.generate(request("r"), is_whole)))
+        await asyncio.sleep(0)
+        await engine.step(1, "r")
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        return engine.aborted
+
+    assert asyncio.run(run()) == ["r"]
+
+
+def test_a_refusal_is_an_output() -> None:
+    engine = SteppedEngine()
+    engine.is_up = False
+    (batch,) = asyncio.run(read(RequestStreams(engine, "here").generate(request("r"))))
+    (output,) = batch.outputs
+    assert output.finish_reason is FinishReason.ERROR
+    assert isinstance(output.error, EngineLostError)
