@@ -125,9 +125,7 @@ class PlacementActor:
         last: Published | None = None
         while True:
             try:
-                reader = reader or PublishedReader(
-                    Registry(open_store(self._spec.storage)), time.monotonic
-                )
+                reader = reader or PublishedReader(Registry(open_store(self._spec.storage)))
                 published = reader.read()
             except FloraError as error:
                 self._registry_error = error.message

@@ -1,24 +1,20 @@
-"""What the registry has published, read whole and only when it changed. No threads, no Ray."""
+"""What the registry has published, as placement and the HTTP doors need it, followed change by change. No Ray."""
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cluster.table import AdapterFacts, AliasKey
-from storage.errors import AdapterCorruptError
-from storage.history import newest_good, versions_of
+from storage.history import newest_good
 from storage.identity import AdapterName, AdapterVersion
+from storage.index_entry import AdapterEntry
+from storage.index_reader import IndexState
 from storage.manifest import ManifestContent
 from storage.registry import Registry
 from storage.summary import VersionSummary, pages_of
-
-REREAD_S = 60.0
-"""A publisher that died before announcing its publish is still heard of after this long."""
-
-_log = logging.getLogger(__name__)
 
 
 def facts_of(content: ManifestContent) -> AdapterFacts:
@@ -41,7 +37,7 @@ class PublishedAdapter:
     pinned_copies: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Published:
     """All adapters of a registry at one generation. `quarantined`: version → why it must not be served."""
 
@@ -49,45 +45,39 @@ class Published:
     adapters: Mapping[AdapterName, PublishedAdapter] = field(default_factory=dict)
     quarantined: Mapping[AdapterVersion, str] = field(default_factory=dict)
 
-    @property
-    def desired(self) -> dict[AliasKey, AdapterVersion]:
+    @cached_property
+    def desired(self) -> Mapping[AliasKey, AdapterVersion]:
         """Where every alias should point: at its newest version that can be read and is not in quarantine.
 
         An alias without such a version is left out.
         """
-        facts = self.facts
-        desired = {}
-        for name, adapter in self.adapters.items():
-            for alias, version in adapter.aliases.items():
-                found = newest_good(
-                    (version, *adapter.history.get(alias, ())),
-                    lambda each: each in facts and each not in self.quarantined,
-                )
-                if found is not None:
-                    desired[name.tenant, name.name, alias] = found
-        return desired
-
-    @property
-    def facts(self) -> dict[AdapterVersion, AdapterFacts]:
         return {
-            summary.version: AdapterFacts(rows=summary.pages, num_bytes=summary.num_bytes)
+            key: version
             for adapter in self.adapters.values()
-            for summary in adapter.versions
+            for key, version in _desired_of(adapter, self.quarantined).items()
+        }
+
+    @cached_property
+    def facts(self) -> Mapping[AdapterVersion, AdapterFacts]:
+        return {
+            version: facts
+            for adapter in self.adapters.values()
+            for version, facts in _facts_of(adapter).items()
         }
 
 
 class PublishedReader:
-    """Reads a registry's adapters. One caller at a time.
+    """Follows a registry's index. One caller at a time; a change costs what changed, and copies of three dictionaries.
 
     Args:
-        clock: seconds; only differences matter.
+        registry: where adapters are published; says by its clock when to compare its index with the records.
     """
 
-    def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
+    def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._clock = clock
+        self._index = IndexState()
         self._last = Published()
-        self._read_s = -math.inf
+        self._owners: Counter[AdapterVersion] = Counter()  # names each version has
 
     def read(self) -> Published:
         """What is published now; the same object as the last time when nothing has changed.
@@ -97,32 +87,64 @@ class PublishedReader:
         Raises:
             StoreUnavailableError: the registry cannot be reached.
         """
-        # Taken before the adapters are read: a change in between is then read again, never missed.
-        generation = self._registry.generation()
-        if generation == self._last.generation and self._clock() - self._read_s < REREAD_S:
-            return self._last
-        adapters = {}
-        for name in self._registry.names():
-            adapter = self._read_adapter(name)
-            if adapter is not None:
-                adapters[name] = adapter
-        self._read_s = self._clock()
-        fresh = Published(generation, adapters, self._registry.quarantined())
-        if fresh != self._last:
-            self._last = fresh
+        index = self._registry.index()
+        if index is not self._index:
+            self._last = self._followed(index)
+            self._index = index
         return self._last
 
-    def _read_adapter(self, name: AdapterName) -> PublishedAdapter | None:
-        try:
-            aliases = self._registry.aliases(name)
-            meant = {alias: versions_of(record) for alias, record in aliases.items()}
-            return PublishedAdapter(
-                name,
-                {alias: versions[0] for alias, versions in meant.items()},
-                tuple(VersionSummary.of(manifest) for manifest in self._registry.versions(name)),
-                {alias: versions[1:] for alias, versions in meant.items()},
-                self._registry.pinned_copies(name),
-            )
-        except AdapterCorruptError as error:
-            _log.error("adapter %s keeps what it had: %s", name, error.message)
-            return self._last.adapters.get(name)
+    def _followed(self, index: IndexState) -> Published:
+        before, after = self._index.adapters, index.adapters
+        changed = [name for name in before if after.get(name) is not before[name]]
+        changed += [name for name in after if name not in before]
+        last = self._last
+        desired, facts = dict(last.desired), dict(last.facts)
+        fresh = {name: _adapter(name, after[name]) for name in changed if name in after}
+        for name in changed:
+            if name in last.adapters:
+                gone = last.adapters[name]
+                for key in _desired_of(gone, last.quarantined):
+                    del desired[key]
+                self._owners.subtract(_facts_of(gone).keys())
+        for adapter in fresh.values():
+            desired |= _desired_of(adapter, index.quarantined)
+            facts |= _facts_of(adapter)
+            self._owners.update(_facts_of(adapter).keys())
+        for version in [each for each, count in self._owners.items() if count == 0]:
+            del facts[version], self._owners[version]
+        adapters = {name: fresh.get(name) or last.adapters[name] for name in after}
+        published = Published(index.generation, adapters, index.quarantined)
+        vars(published)["facts"] = facts
+        if index.quarantined == last.quarantined:
+            vars(published)["desired"] = desired
+        return published
+
+
+def _adapter(name: AdapterName, entry: AdapterEntry) -> PublishedAdapter:
+    return PublishedAdapter(
+        name,
+        {alias: meant.version for alias, meant in entry.aliases.items()},
+        entry.versions,
+        {alias: meant.earlier for alias, meant in entry.aliases.items()},
+        entry.pinned_copies,
+    )
+
+
+def _facts_of(adapter: PublishedAdapter) -> dict[AdapterVersion, AdapterFacts]:
+    return {
+        summary.version: AdapterFacts(rows=summary.pages, num_bytes=summary.num_bytes)
+        for summary in adapter.versions
+    }
+
+
+def _desired_of(
+    adapter: PublishedAdapter, quarantined: Mapping[AdapterVersion, str]
+) -> dict[AliasKey, AdapterVersion]:
+    readable = {summary.version for summary in adapter.versions}
+    desired = {}
+    for alias, version in adapter.aliases.items():
+        meant = (version, *adapter.history.get(alias, ()))
+        found = newest_good(meant, lambda each: each in readable and each not in quarantined)
+        if found is not None:
+            desired[adapter.name.tenant, adapter.name.name, alias] = found
+    return desired

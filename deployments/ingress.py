@@ -57,7 +57,7 @@ def http_app_builder(
         registry = Registry(store)
         base_id = settings.engine.base_id
         models = LastGood(
-            ModelListReader(PublishedReader(registry, time.monotonic).read, base_id).read,
+            ModelListReader(PublishedReader(registry).read, base_id).read,
             settings.cluster.registry_poll_s,
             "model-list",
         )

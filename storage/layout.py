@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 
-from storage.identity import NAME_PATTERN, AdapterName, AdapterVersion
+from storage.identity import NAME_PATTERN, AdapterName, AdapterVersion, sha256_hex
 
 GENERATION = "index/generation"
+INDEX = "index/"
+SHARDS = "index/adapters/"
+INDEX_IS_WHOLE = "index/whole.json"
+COMPARED = "index/compared.json"
 QUARANTINE = "quarantine/"
+ADAPTERS = "adapters/"
 
 _ADAPTER = f"adapters/(?P<tenant>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
 _MANIFEST = re.compile(rf"{_ADAPTER}/versions/(?P<stem>[0-9a-f]{{64}})\.json")
 _QUARANTINE = re.compile(r"quarantine/(?P<stem>[0-9a-f]{64})\.json")
 _TOMBSTONE = re.compile(rf"{_ADAPTER}/tombstone\.json")
+_PIN = re.compile(rf"{_ADAPTER}/pin\.json")
+_SHARD = re.compile(r"index/adapters/[0-9a-f]{2}\.json")
 _ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{NAME_PATTERN})\.json")
 
 
@@ -22,7 +29,7 @@ def blob(sha256: str) -> str:
 
 def tenant_folder(tenant: str | None) -> str:
     """All adapters of one tenant, or with None of every tenant."""
-    return "adapters/" if tenant is None else f"adapters/{tenant}/"
+    return ADAPTERS if tenant is None else f"adapters/{tenant}/"
 
 
 def adapter_folder(name: AdapterName) -> str:
@@ -49,6 +56,15 @@ def tombstone(name: AdapterName) -> str:
     return f"{adapter_folder(name)}tombstone.json"
 
 
+def shard(name: AdapterName) -> str:
+    """The part of the index that has the adapter's entry."""
+    return f"{SHARDS}{sha256_hex(str(name).encode())[:2]}.json"
+
+
+def is_shard(key: str) -> bool:
+    return bool(_SHARD.fullmatch(key))
+
+
 def pin(name: AdapterName) -> str:
     return f"{adapter_folder(name)}pin.json"
 
@@ -68,6 +84,12 @@ def parse_manifest(key: str) -> tuple[AdapterName, AdapterVersion] | None:
 def parse_tombstone(key: str) -> AdapterName | None:
     """Whose tombstone a key below `adapters/` is; None for any other object."""
     found = _TOMBSTONE.fullmatch(key)
+    return None if found is None else AdapterName(found["tenant"], found["name"])
+
+
+def parse_record(key: str) -> AdapterName | None:
+    """Whose alias, tombstone or pin a key below `adapters/` is; None for any other object, and for manifests."""
+    found = _ALIAS.fullmatch(key) or _TOMBSTONE.fullmatch(key) or _PIN.fullmatch(key)
     return None if found is None else AdapterName(found["tenant"], found["name"])
 
 

@@ -95,8 +95,11 @@ class LocalObjectStore:
             return path.is_file()
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        with _reporting("listed"):
-            yield from self._walk(self._root, "", prefix)
+        folder_key = prefix[: prefix.rfind("/") + 1]
+        with suppress(ValueError):  # no key begins like that
+            folder = self._path(folder_key[:-1]) if folder_key else self._root
+            with _reporting("listed"):
+                yield from self._walk(folder, folder_key, prefix)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -118,6 +121,8 @@ class LocalObjectStore:
             with copy.open("xb") as file:
                 file.write(data)
                 file.flush()
+                # The kernel's own stamps are some milliseconds coarse: two writes could look like one.
+                os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
                 os.fsync(file.fileno())
             yield copy
         finally:
@@ -135,19 +140,20 @@ class LocalObjectStore:
             with os.scandir(folder) as entries:
                 # A folder sorts with its slash: key order is the order of the whole keys, as in S3.
                 found = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in entries)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         for name, entry in found:
             key = folder_key + name
             if name.startswith("~"):
                 continue
             if name.endswith("/"):
-                if key.startswith(prefix) or prefix.startswith(key):
+                if key.startswith(prefix):
                     yield from self._walk(Path(entry.path), key, prefix)
             elif key.startswith(prefix):
                 with suppress(FileNotFoundError):  # deleted meanwhile
                     status = entry.stat()
-                    yield ObjectInfo(key, status.st_size, status.st_mtime)
+                    stamp = f"{status.st_mtime_ns:x}-{status.st_size:x}-{status.st_ino:x}"
+                    yield ObjectInfo(key, status.st_size, status.st_mtime, stamp)
 
     def _remove_abandoned(self) -> None:
         oldest = time.time() - _ABANDONED_AFTER_S

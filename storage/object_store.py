@@ -31,11 +31,15 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One entry of a listing; `modified_s` is seconds since the epoch by the store's clock."""
+    """One entry of a listing; `modified_s` is seconds since the epoch by the store's clock.
+
+    `stamp` is another one after every write that changed the object; it compares with those of other listings only.
+    """
 
     key: str
     num_bytes: int
     modified_s: float
+    stamp: str
 
 
 def checked_key(key: str) -> str:

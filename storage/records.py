@@ -15,7 +15,8 @@ from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionF
 
 Record = TypeVar("Record", bound=BaseModel)
 
-_ATTEMPTS = 64
+ATTEMPTS = 64
+"""How often a change by compare-and-swap is tried."""
 _FIRST_DELAY_S = 0.002
 _LONGEST_DELAY_S = 0.25
 
@@ -56,7 +57,7 @@ def swap(
     Raises:
         OverloadedError: others changed the record faster than this call could; this call changed nothing.
     """
-    for attempt in range(_ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         try:
             current = store.get(key)
         except ObjectNotFoundError:
@@ -71,7 +72,12 @@ def swap(
             else:
                 store.compare_and_swap(key, encode(changed), current.etag)
         except PreconditionFailedError:
-            time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))
+            wait_after_lost_race(attempt)
             continue
         return changed
     raise OverloadedError("too many changes of this adapter at once; try again")
+
+
+def wait_after_lost_race(attempt: int) -> None:
+    """Longer the more attempts were lost, and for everybody another time."""
+    time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))

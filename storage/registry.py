@@ -1,14 +1,16 @@
 """The registry: which adapters exist, which version each alias means, and their files, in one object store.
 
-A publish writes blobs, then the manifest, then the alias, then `index/generation`. The manifest is the commit: whoever
-is killed earlier has published nothing, whoever is killed later has published, and publishing again finishes the rest
-under the same version. Knows nothing of tensors.
+A publish writes blobs, then the manifest, then the alias, then the index (`storage/index.py`) and its generation. The
+manifest is the commit: whoever is killed earlier has published nothing, whoever is killed later has published, and
+publishing again finishes the rest under the same version. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 from storage import layout
 from storage.adapter_records import (
@@ -24,9 +26,11 @@ from storage.adapter_records import (
 from storage.errors import (
     AdapterCorruptError,
     AmbiguousModelError,
+    FloraError,
     InvalidRequestError,
     UnknownModelError,
 )
+from storage.generation import bump_generation, read_generation
 from storage.history import live_record, newest_good, versions_of
 from storage.identity import (
     DEFAULT_ALIAS,
@@ -40,6 +44,9 @@ from storage.identity import (
     is_name,
     sha256_hex,
 )
+from storage.index import update_entry
+from storage.index_entry import AdapterEntry
+from storage.index_reader import IndexReader, IndexState
 from storage.load_stages import StageClock
 from storage.manifest import (
     AliasRecord,
@@ -55,9 +62,11 @@ from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionF
 from storage.ranged_reads import read_object
 from storage.records import decode, encode, read, swap
 
+_log = logging.getLogger(__name__)
+
 
 class Registry:
-    """Safe to use from any thread and any number of processes at once; keeps no state of its own.
+    """Safe to use from any thread and any number of processes at once; keeps no state but what it read of the index.
 
     Every method raises `StoreUnavailableError` when the store cannot be reached, and `AdapterCorruptError` when what
     it holds is not what its digest says. Every method may be repeated after any error.
@@ -70,6 +79,7 @@ class Registry:
     def __init__(self, store: ObjectStore, clock: Callable[[], float] = time.time) -> None:
         self._store = store
         self._clock = clock
+        self._index = IndexReader(store, clock)
 
     # -- publishing ------------------------------------------------------------------------------
 
@@ -114,7 +124,7 @@ class Registry:
             self._store.delete(layout.quarantine(version))
         if alias is not None:
             self._move(name, alias, version)
-        self._announce()
+        self._announce(name)
         return version
 
     # -- reading ---------------------------------------------------------------------------------
@@ -215,6 +225,29 @@ class Registry:
         ]
         return sorted(found, key=lambda manifest: manifest.provenance.created_s)
 
+    def list(
+        self, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+    ) -> Mapping[AdapterName, AdapterEntry]:
+        """A page of the adapters, in order, from the index: a later call reads only what changed since.
+
+        Args:
+            tenant: whose; None for every tenant.
+            limit: at most so many; None for all.
+            after: only names that come after this one.
+        """
+        if tenant is not None:
+            checked_name(tenant, param="tenant")
+        page = (
+            (name, entry)
+            for name, entry in self.index().adapters.items()
+            if (tenant is None or name.tenant == tenant) and (after is None or name.name > after)
+        )
+        return dict(islice(page, limit))
+
+    def index(self) -> IndexState:
+        """All adapters and what is in quarantine, from the index; the same object while nothing changes."""
+        return self._index.read()
+
     def aliases(self, name: AdapterName) -> dict[str, AliasRecord]:
         """What each alias of an adapter means now, and meant; empty when there is no such adapter.
 
@@ -224,10 +257,7 @@ class Registry:
 
     def generation(self) -> int:
         """A number that has grown after every change that others can see: poll it to hear of changes."""
-        try:
-            return _number(self._store.get(layout.GENERATION).data)
-        except ObjectNotFoundError:
-            return 0
+        return read_generation(self._store)
 
     # -- aliases ---------------------------------------------------------------------------------
 
@@ -244,7 +274,7 @@ class Registry:
         self.manifest(name, version)
         self._intact(name, (version,))
         record = self._move(name, alias, version)
-        self._announce()
+        self._announce(name)
         return record
 
     def roll_back(self, name: AdapterName, alias: str) -> AliasRecord:
@@ -274,7 +304,7 @@ class Registry:
 
         record = swap(self._store, layout.alias(name, alias), AliasRecord, step_back)
         assert record is not None  # `step_back` returns one or raises
-        self._announce()
+        self._announce(name)
         return record
 
     # -- deleting --------------------------------------------------------------------------------
@@ -301,7 +331,7 @@ class Registry:
         # Before the delete: a pin that outlived it would come back with the next publish.
         self._store.delete(layout.pin(name))
         swap(self._store, layout.tombstone(name), Tombstone, bury)
-        self._announce()
+        self._announce(name)
 
     def delete_version(self, name: AdapterName, version: AdapterVersion) -> None:
         """Take away one version that no alias means. An alias moved to it meanwhile goes back to what it meant before.
@@ -330,7 +360,7 @@ class Registry:
             return buried.with_deleted((version,), {}, self._clock())
 
         swap(self._store, layout.tombstone(name), Tombstone, bury)
-        self._announce()
+        self._announce(name)
 
     # -- quarantine and pins ---------------------------------------------------------------------
 
@@ -383,12 +413,12 @@ class Registry:
         if not list_versions(self._store, name, read_tombstone(self._store, name)):
             raise no_adapter(name)
         swap(self._store, layout.pin(name), Pin, lambda _: Pin(copies=copies))
-        self._announce()
+        self._announce(name)
 
     def unpin(self, name: AdapterName) -> None:
         """Take a pin away; no error when there is none."""
         self._store.delete(layout.pin(name))
-        self._announce()
+        self._announce(name)
 
     def pinned_copies(self, name: AdapterName) -> int:
         """On how many replicas the adapter is pinned; 0 when it is not."""
@@ -432,20 +462,16 @@ class Registry:
 
         swap(self._store, layout.tombstone(name), Tombstone, unbury)
 
-    def _announce(self) -> None:
-        """A lost race needs no second try: whoever won it wrote after our change, and so announces it as well."""
+    def _announce(self, name: AdapterName | None = None) -> None:
+        """Tell readers, of one adapter's change or, with None, of a quarantine. The change itself is done already, so
+        what fails here is told to nobody but the log: readers find the change when they next compare.
+        """
         try:
-            current = self._store.get(layout.GENERATION)
-        except ObjectNotFoundError:
-            current = None
-        try:
-            if current is None:
-                self._store.put_if_absent(layout.GENERATION, b"1")
-            else:
-                number = _number(current.data) + 1
-                self._store.compare_and_swap(layout.GENERATION, b"%d" % number, current.etag)
-        except PreconditionFailedError:
-            pass
+            if name is not None:
+                update_entry(self._store, name)
+            bump_generation(self._store)
+        except FloraError as error:
+            _log.warning("the index is behind: %s", error.message)
 
     def _unknown(self, name: AdapterName, selector: str, tombstone: Tombstone) -> UnknownModelError:
         if list_versions(self._store, name, tombstone):
@@ -457,10 +483,3 @@ class Registry:
 
 def _entry(data: bytes) -> FileEntry:
     return FileEntry(sha256=sha256_hex(data), num_bytes=len(data))
-
-
-def _number(data: bytes) -> int:
-    try:
-        return int(data)
-    except ValueError:
-        raise AdapterCorruptError("the registry's index/generation is not a number") from None

@@ -130,6 +130,7 @@ class S3ObjectStore:
                     key=entry["Key"].removeprefix(self._prefix),
                     num_bytes=entry["Size"],
                     modified_s=entry["LastModified"].timestamp(),
+                    stamp=entry["ETag"],
                 )
             if not page["IsTruncated"]:
                 return

@@ -49,6 +49,8 @@ NO_TORCH += [
     "storage.summary",
     "storage.history",
     "storage.adapter_records",
+    "storage.index",
+    "storage.index_reader",
     "storage.base_checkpoint",
     "deployments.scaling_policy",  # runs in Serve's controller
 ]

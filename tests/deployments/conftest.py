@@ -99,7 +99,7 @@ def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
     """The HTTP application over a registry, as an ingress wires it, but without a placement manager. Its URL."""
     settings = world.settings
     view = TableView(time.monotonic)
-    reader = PublishedReader(world.registry, time.monotonic)
+    reader = PublishedReader(world.registry)
     models = LastGood(ModelListReader(reader.read, BASE_ID).read, POLL_S, "model-list")
     keys = LastGood(KeyStore(open_store(settings.storage)).ring, POLL_S, "api-keys")
 

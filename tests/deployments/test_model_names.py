@@ -51,7 +51,7 @@ class Names:
         self.registry = CountingRegistry(directory)
         self.view = TableView(self.clock)
         self.num_news = 0
-        self.reader = PublishedReader(self.registry, self.clock)
+        self.reader = PublishedReader(self.registry)
         self.published: Published | None = None
         self.names = self.named(BASE)
         self.loop = asyncio.new_event_loop()
