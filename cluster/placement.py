@@ -8,12 +8,12 @@ leaves it (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Load
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 from cluster.config import ClusterSettings
-from cluster.rendezvous import preference
+from cluster.rendezvous import Rankings
 from storage.identity import AdapterVersion
 
 HOLDER_SLACK = 2.0
@@ -31,13 +31,15 @@ class WantedAdapter:
     rows: int
     work: float
     copies: int = 1
+    requests: float = 0.0  # per second
+    num_bytes: int = 0
     replaces: AdapterVersion | None = None  # the version it is loaded beside, to take over from
     is_reserved: bool = False  # to be loaded before anyone asks
 
     @property
     def value(self) -> float:
-        """Tokens per second for each bank row spent: what admission ranks by."""
-        return self.work / (1 + self.rows) / max(1, self.rows)
+        """Requests per second for each bank row spent: what admission ranks by."""
+        return self.requests / max(1, self.rows)
 
     @property
     def share(self) -> float:
@@ -53,6 +55,7 @@ class ReplicaSpace:
     rows: int
     resident: frozenset[AdapterVersion] = frozenset()
     unfit: frozenset[AdapterVersion] = frozenset()  # what it could not load: never planned here
+    num_bytes: int | None = None  # of all adapters it may hold; None: as many as the rows
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ def place(
     replicas: Iterable[ReplicaSpace],
     previous: Placement,
     settings: ClusterSettings,
+    rankings: Rankings | None = None,
 ) -> Placement:
     """The next plan. The order of `wanted` and `replicas` does not matter.
 
@@ -97,7 +101,7 @@ def place(
     `max_loads_per_tick` copies are newly prefetched; present holders are kept before new ones are chosen.
     """
     spaces = sorted(replicas, key=lambda space: space.replica_id)
-    return _Plan(spaces, previous, settings).run(_by_rank(wanted, previous))
+    return _Plan(spaces, previous, settings, rankings or Rankings()).run(_by_rank(wanted, previous))
 
 
 def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[WantedAdapter]:
@@ -113,93 +117,202 @@ def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[Wante
     return sorted(items.values(), key=key)
 
 
+class _Replica:
+    """One replica in a run: its space, and what is planned for it so far."""
+
+    __slots__ = ("bytes_left", "load", "replica_id", "rows_left", "space", "used")
+
+    def __init__(self, space: ReplicaSpace, planned_part: float) -> None:
+        self.space = space
+        self.replica_id = space.replica_id
+        self.rows_left = int(space.rows * planned_part)
+        self.bytes_left = math.inf if space.num_bytes is None else space.num_bytes
+        self.used = 0
+        self.load = 0.0
+
+    def fits(self, item: WantedAdapter) -> bool:
+        if item.version in self.space.unfit or item.num_bytes > self.bytes_left:
+            return False
+        if not self.used:  # an adapter larger than the planned part may have the bank to itself
+            return item.rows <= self.space.rows
+        return item.rows <= self.rows_left
+
+    def most_left(self) -> int:
+        """Rows of the largest item that may fit."""
+        return self.rows_left if self.used else self.space.rows
+
+    def is_light(self, item: WantedAdapter, bound: float) -> bool:
+        return not self.load or self.load + item.share <= bound
+
+    def take(self, item: WantedAdapter) -> None:
+        self._change(item, 1)
+
+    def drop(self, item: WantedAdapter) -> None:
+        self._change(item, -1)
+
+    def _change(self, item: WantedAdapter, sign: int) -> None:
+        self.used += sign
+        self.rows_left -= sign * item.rows
+        self.bytes_left -= sign * item.num_bytes
+        self.load = self.load + sign * item.share if self.used else 0.0
+
+
 class _Plan:
-    """The state of one run: rows and load so far per replica, holders so far per adapter."""
+    """The state of one run: what each replica has so far, and who holds each adapter."""
 
     def __init__(
-        self, spaces: Sequence[ReplicaSpace], previous: Placement, settings: ClusterSettings
+        self,
+        spaces: Sequence[ReplicaSpace],
+        previous: Placement,
+        settings: ClusterSettings,
+        rankings: Rankings,
     ) -> None:
-        self._spaces = {space.replica_id: space for space in spaces}
+        self._replicas = {s.replica_id: _Replica(s, settings.pinned_fraction) for s in spaces}
         self._previous = previous
         self._settings = settings
-        self._rows = dict.fromkeys(self._spaces, 0)
-        self._load = dict.fromkeys(self._spaces, 0.0)
+        self._rankings = rankings
         self._holders: dict[AdapterVersion, list[str]] = {}
         self._prefetch: set[tuple[AdapterVersion, str]] = set()
         self._loads_left = settings.max_loads_per_tick
         self._mean = 0.0
+        self._most_left: float = math.inf  # no replica has more rows left
+        self._residents: dict[AdapterVersion, list[str]] = {}
+        for space in spaces:
+            for version in space.resident:
+                self._residents.setdefault(version, []).append(space.replica_id)
 
     def run(self, wanted: Sequence[WantedAdapter]) -> Placement:
-        largest = max((space.rows for space in self._spaces.values()), default=0)
+        largest = max((r.space.rows for r in self._replicas.values()), default=0)
         fitting = [item for item in wanted if item.rows <= largest]
-        self._mean = sum(item.work for item in fitting) / max(1, len(self._spaces))
-
-        # Homes first: those already placed and worth keeping, then the others by value.
         admitted = self._admitted(fitting)
-        incumbents = [item for item in fitting if item.version in admitted and self._current(item)]
-        settled = {item.version for item in incumbents}
-        for item in (*incumbents, *(item for item in fitting if item.version not in settled)):
+        names = {item.version for item in admitted}
+        left_over = [item for item in fitting if item.version not in names]
+        # Who is not admitted is served anywhere, so its work is nobody's load.
+        self._mean = sum(item.work for item in admitted) / max(1, len(self._replicas))
+
+        for item in admitted:
+            self._keep(item)
+        for item in sorted(admitted, key=lambda item: (-item.work, item.version)):
             self._settle(item)
-        by_work = sorted(fitting, key=lambda item: (-item.work, item.version))
-        for item in by_work:
-            self._add_copies(item)
+        for item in left_over:
+            self._keep(item)
+            self._settle(item)
         self._rebalance({item.version: item for item in fitting})
         for item in fitting:  # a move may have made room
             if item.version not in self._holders:
                 self._settle(item)
 
         return Placement(
-            holders={version: tuple(ids) for version, ids in self._holders.items()},
+            holders={
+                item.version: tuple(held)
+                for item in fitting
+                if (held := self._holders.get(item.version))
+            },
             prefetch=frozenset(self._prefetch),
             too_large=tuple(item.version for item in wanted if item.rows > largest),
             no_room=tuple(item.version for item in fitting if item.version not in self._holders),
         )
 
-    def _admitted(self, fitting: Sequence[WantedAdapter]) -> set[AdapterVersion]:
-        """The most valuable versions that the banks could hold together; only these keep their place."""
-        left = sum(self._budget(replica_id) for replica_id in self._spaces)
-        admitted = set()
+    def _admitted(self, fitting: Sequence[WantedAdapter]) -> list[WantedAdapter]:
+        """The most valuable versions that the banks could hold together, with all their copies."""
+        left = sum(replica.rows_left for replica in self._replicas.values())
+        admitted = []
         for item in fitting:
-            if item.rows <= left:
-                left -= item.rows
-                admitted.add(item.version)
+            if item.rows * item.copies <= left:
+                left -= item.rows * item.copies
+                admitted.append(item)
         return admitted
 
-    def _budget(self, replica_id: str) -> int:
-        return int(self._spaces[replica_id].rows * self._settings.pinned_fraction)
+    # -- who stays -------------------------------------------------------------------------------
 
-    def _current(self, item: WantedAdapter) -> list[str]:
-        """Live replicas that hold it now: as planned before, then by chance."""
-        planned = self._previous.holders.get(item.version, ())
-        resident = (
-            space.replica_id
-            for space in self._spaces.values()
-            if item.version in space.resident and space.replica_id not in planned
+    def _keep(self, item: WantedAdapter) -> None:
+        """Hold the item where it is held or resident now, as far as rows and load allow."""
+        planned = [r for r in self._previous.holders.get(item.version, ()) if r in self._replicas]
+        lucky = [r for r in self._residents.get(item.version, ()) if r not in planned]
+        if len(lucky) > 1:
+            ranking = self._rankings.of(item.version, self._replicas.keys())
+            lucky.sort(key=lambda r: (self._replicas[r].load, ranking.index(r)))
+        current = [*planned, *lucky]
+        if item.copies == 1:  # to stay where it is costs nothing, to be where it was planned a load
+            current.sort(key=lambda r: self._must_load(item, r))
+        for replica_id in current:
+            if len(self._holders.get(item.version, ())) >= max(item.copies, len(planned)):
+                break
+            replica = self._replicas[replica_id]
+            if replica.fits(item) and replica.is_light(item, HOLDER_SLACK * self._mean):
+                self._take(item, replica)
+        held = self._holders.get(item.version, ())
+        while len(held) > item.copies:
+            fullest = max(
+                held, key=lambda replica_id: (self._replicas[replica_id].load, replica_id)
+            )
+            self._drop(item, self._replicas[fullest])
+
+    # -- who comes -------------------------------------------------------------------------------
+
+    def _settle(self, item: WantedAdapter) -> None:
+        """One home for the item if any replica has the rows, and more holders up to its copies."""
+        held = self._holders.get(item.version, [])
+        if not held:
+            home = self._home(item)
+            if home is None:
+                return
+            self._take(item, home)
+            held = self._holders[item.version]
+        if item.copies > 1 or item.is_reserved:
+            for replica_id in held:
+                if self._may_load(item, replica_id):
+                    self._order_load(item, replica_id)
+        if len(held) < item.copies:
+            self._add_copies(item)
+
+    def _home(self, item: WantedAdapter) -> _Replica | None:
+        if item.rows > self._most_left:
+            return None
+        roomy = [replica for replica in self._ranked(item) if replica.fits(item)]
+        if not roomy:
+            self._most_left = max(map(_Replica.most_left, self._replicas.values()), default=0)
+            return None
+        bound = self._settings.load_slack * self._mean
+        light = (replica for replica in roomy if replica.is_light(item, bound))
+        return next(light, min(roomy, key=lambda replica: replica.load))
+
+    def _add_copies(self, item: WantedAdapter) -> None:
+        held = self._holders[item.version]
+        bound = self._settings.load_slack * self._mean
+        for replica in self._ranked(item):
+            if len(held) >= item.copies:
+                return
+            if (
+                replica.replica_id not in held
+                and replica.fits(item)
+                and replica.is_light(item, bound)
+                and self._may_load(item, replica.replica_id)
+            ):
+                self._take(item, replica)
+                self._order_load(item, replica.replica_id)
+
+    def _ranked(self, item: WantedAdapter) -> Iterator[_Replica]:
+        return map(
+            self._replicas.__getitem__, self._rankings.of(item.version, self._replicas.keys())
         )
-        return [*(replica_id for replica_id in planned if replica_id in self._spaces), *resident]
 
-    def _fits(self, item: WantedAdapter, replica_id: str) -> bool:
-        if item.version in self._spaces[replica_id].unfit:
-            return False
-        used = self._rows[replica_id]
-        if used == 0:  # an adapter larger than the planned part may have the bank to itself
-            return item.rows <= self._spaces[replica_id].rows
-        return used + item.rows <= self._budget(replica_id)
+    # -- books -----------------------------------------------------------------------------------
 
-    def _is_light(self, item: WantedAdapter, replica_id: str, slack: float) -> bool:
-        load = self._load[replica_id]
-        return load == 0 or load + item.share <= slack * self._mean
-
-    def _take(self, item: WantedAdapter, replica_id: str) -> None:
-        self._rows[replica_id] += item.rows
-        self._load[replica_id] += item.share
-        self._holders.setdefault(item.version, []).append(replica_id)
-        pair = (item.version, replica_id)
-        if pair in self._previous.prefetch and self._must_load(item, replica_id):
+    def _take(self, item: WantedAdapter, replica: _Replica) -> None:
+        replica.take(item)
+        self._holders.setdefault(item.version, []).append(replica.replica_id)
+        pair = (item.version, replica.replica_id)
+        if pair in self._previous.prefetch and self._must_load(item, replica.replica_id):
             self._prefetch.add(pair)
 
+    def _drop(self, item: WantedAdapter, replica: _Replica) -> None:
+        replica.drop(item)
+        self._holders[item.version].remove(replica.replica_id)
+        self._prefetch.discard((item.version, replica.replica_id))
+
     def _must_load(self, item: WantedAdapter, replica_id: str) -> bool:
-        return item.version not in self._spaces[replica_id].resident
+        return item.version not in self._replicas[replica_id].space.resident
 
     def _may_load(self, item: WantedAdapter, replica_id: str) -> bool:
         pair = (item.version, replica_id)
@@ -213,72 +326,33 @@ class _Plan:
             self._prefetch.add(pair)
             self._loads_left -= 1
 
-    def _settle(self, item: WantedAdapter) -> None:
-        """One home for the item, if any replica has the rows."""
-        for replica_id in self._current(item):
-            if self._fits(item, replica_id) and self._is_light(item, replica_id, HOLDER_SLACK):
-                self._take(item, replica_id)
-                break
-        else:
-            roomy = [r for r in preference(item.version, self._spaces) if self._fits(item, r)]
-            if not roomy:
-                return
-            light = (r for r in roomy if self._is_light(item, r, self._settings.load_slack))
-            self._take(item, next(light, min(roomy, key=self._load.__getitem__)))
-        home = self._holders[item.version][0]
-        if (item.is_reserved or item.copies > 1) and self._may_load(item, home):
-            self._order_load(item, home)
-
-    def _add_copies(self, item: WantedAdapter) -> None:
-        """More holders, up to `item.copies`: present ones in place, new ones where load and rows allow."""
-        holders = self._holders.get(item.version)
-        if holders is None:
-            return
-        current = self._current(item)
-        others = [r for r in preference(item.version, self._spaces) if r not in current]
-        for replica_id in (*current, *others):
-            if len(holders) >= item.copies:
-                return
-            slack = HOLDER_SLACK if replica_id in current else self._settings.load_slack
-            if (
-                replica_id not in holders
-                and self._fits(item, replica_id)
-                and self._is_light(item, replica_id, slack)
-                and self._may_load(item, replica_id)
-            ):
-                self._take(item, replica_id)
-                self._order_load(item, replica_id)
+    # -- evening out -----------------------------------------------------------------------------
 
     def _rebalance(self, items: Mapping[AdapterVersion, WantedAdapter]) -> None:
         """A few moves from the fullest replica to the emptiest, so one that joined gets its part."""
-        for _ in range(MOVES_PER_TICK):
-            if len(self._load) < 2:
-                return
-            full = max(sorted(self._load), key=self._load.__getitem__)
-            empty = min(sorted(self._load), key=self._load.__getitem__)
-            if self._load[full] <= self._settings.load_slack * self._mean:
+        by_load = sorted(self._replicas.values(), key=lambda replica: replica.replica_id)
+        for _ in range(MOVES_PER_TICK if len(by_load) > 1 else 0):
+            full = max(by_load, key=lambda replica: replica.load)
+            empty = min(by_load, key=lambda replica: replica.load)
+            least_gain = (self._settings.load_slack - 1) * self._mean
+            if full.load <= self._mean + least_gain:
                 return
             movable = [
                 items[version]
-                for version, holders in sorted(self._holders.items())
-                if full in holders
-                and empty not in holders
-                and self._fits(items[version], empty)
-                and self._may_load(items[version], empty)
+                for version, held in self._holders.items()
+                if full.replica_id in held
+                and empty.replica_id not in held
+                and empty.fits(items[version])
+                and self._may_load(items[version], empty.replica_id)
             ]
-            best = min(movable, key=lambda item: self._peak_after(item, full, empty), default=None)
-            gain = self._load[full] - self._peak_after(best, full, empty) if best else 0.0
-            if best is None or gain < (self._settings.load_slack - 1) * self._mean:
+            half = (full.load - empty.load) / 2  # what would leave both alike
+            best = min(movable, key=partial(_distance, half), default=None)
+            if best is None or min(best.share, 2 * half - best.share) < least_gain:
                 return
             self._drop(best, full)
             self._take(best, empty)
-            self._order_load(best, empty)
+            self._order_load(best, empty.replica_id)
 
-    def _peak_after(self, item: WantedAdapter, full: str, empty: str) -> float:
-        return max(self._load[full] - item.share, self._load[empty] + item.share)
 
-    def _drop(self, item: WantedAdapter, replica_id: str) -> None:
-        self._rows[replica_id] -= item.rows
-        self._load[replica_id] -= item.share
-        self._holders[item.version].remove(replica_id)
-        self._prefetch.discard((item.version, replica_id))
+def _distance(wished: float, item: WantedAdapter) -> tuple[float, AdapterVersion]:
+    return abs(item.share - wished), item.version

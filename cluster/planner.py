@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ClusterSettings
 from cluster.demand import DemandRate, DemandTracker
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter, copies_wanted, place
+from cluster.rendezvous import Rankings
 from cluster.table import AdapterFacts, DemandSample
 from storage.identity import AdapterVersion
 
@@ -59,6 +60,7 @@ class PlacementPlanner:
         self._demand = DemandTracker(settings.demand_halflife_s, clock)
         self._copies: dict[AdapterVersion, _Copies] = {}
         self._placement = Placement()
+        self._rankings = Rankings()
 
     @property
     def placement(self) -> Placement:
@@ -94,14 +96,19 @@ class PlacementPlanner:
         self._count_copies(rates, len(spaces))
         wanted = {
             version: WantedAdapter(
-                version, facts[version].rows, rate.work, self._copies[version].count
+                version,
+                facts[version].rows,
+                rate.work,
+                self._copies[version].count,
+                rate.requests,
+                facts[version].num_bytes,
             )
             for version, rate in rates.items()
         }
         for item in reserved:
             wanted[item.version] = self._reserve(item, wanted, facts)
         previous = self._beside_predecessors(reserved)
-        self._placement = place(wanted.values(), spaces, previous, self._settings)
+        self._placement = place(wanted.values(), spaces, previous, self._settings, self._rankings)
         return self._placement
 
     def _count_copies(self, rates: Mapping[AdapterVersion, DemandRate], num_replicas: int) -> None:
@@ -122,16 +129,18 @@ class PlacementPlanner:
         wanted: Mapping[AdapterVersion, WantedAdapter],
         facts: Mapping[AdapterVersion, AdapterFacts],
     ) -> WantedAdapter:
-        work, copies = item.work, item.copies
-        own = wanted.get(item.version)
-        if own is not None:
-            work, copies = max(work, own.work), max(copies, own.copies)
-        if item.replaces is not None:
-            old = wanted.get(item.replaces)
-            work = max(work, old.work if old else 0.0)
-            copies = max(copies, len(self._placement.holders.get(item.replaces, ())))
+        own, old = wanted.get(item.version), wanted.get(item.replaces or item.version)
+        alike = [each for each in (own, old) if each is not None]
+        held_by_old = len(self._placement.holders.get(item.replaces, ())) if item.replaces else 0
         return WantedAdapter(
-            item.version, facts[item.version].rows, work, copies, item.replaces, is_reserved=True
+            item.version,
+            facts[item.version].rows,
+            work=max((item.work, *(each.work for each in alike))),
+            copies=max(item.copies, own.copies if own else 0, held_by_old),
+            requests=max((each.requests for each in alike), default=0.0),
+            num_bytes=facts[item.version].num_bytes,
+            replaces=item.replaces,
+            is_reserved=True,
         )
 
     def _beside_predecessors(self, reserved: Sequence[Reservation]) -> Placement:

@@ -1,45 +1,124 @@
-"""In which order a request tries the replicas: from the table, and from what this router did lately.
+"""In which order a request tries the replicas: from the table, and from what this router knows of its own requests.
 
-Holders that have the adapter on their device come first, the least busy in front; then replicas that happen to have it;
-then holders still loading it, then the adapter's own rendezvous order, so an adapter nobody holds is loaded once and
-not everywhere.
+The table is up to a second old, and much changes in a second. So a router counts what it has under way at each replica
+itself, and takes from the table only what it cannot know: who has which adapter, and how much others send.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from cluster.rendezvous import preference
-from cluster.table import PlacementTable
+from cluster.rendezvous import Rankings
+from cluster.table import PlacementTable, ReplicaLoad
 from storage.identity import AdapterVersion
 
-MAX_CHOICES = 10_000
 MEMORY_S = 10.0
-"""Time constant with which a router forgets the work it assigned; heartbeats report it by then."""
+"""Half-life of the work assigned to a replica, which holders share out evenly."""
+SAMPLED_HOLDERS = 4
+IDLE_PART = 0.75
+"""Below this part of its slots a replica counts as idle: only its share of the work matters then."""
+LOAD_DREAD = 1.5
+"""A load costs this times its seconds, for it also evicts something."""
+USUAL_LOAD_S = 0.1
+"""Until a replica has loaded anything."""
+RANKED_CANDIDATES = 4
+"""So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it."""
+COMING_S = 1.5
+"""A replica that was sent a cold adapter counts as having it, until the table must have heard."""
+OTHERS_SHARE = 0.3
+"""Of what a poll says of other routers' requests, taken into the running mean."""
+TURN_SHARE = 0.02
+USUAL_TURN_S = 0.2
+"""Seconds a request stays at a replica, until this router has seen some."""
+MAX_UNDER_WAY = 10_000
 
 
 @dataclass(slots=True)
-class _Decayed:
-    work: float
-    at_s: float
+class _Known:
+    """What this router knows of one replica. One the table does not list is never free: it begins, or has ended."""
 
-    def now(self, now_s: float) -> float:
-        return self.work * math.exp((self.at_s - now_s) / MEMORY_S)
+    under_way: int = 0  # its own requests there
+    outstanding: float = 0.0  # their work
+    recent: float = 0.0  # work it assigned lately, fading
+    others: float = 0.0  # requests of other routers there, as a running mean
+    others_work: float = 0.0
+    slots: float = 0.0
+    load_s: float = USUAL_LOAD_S
+    is_listed: bool = False
+
+    busy: tuple[bool, float, float] = (True, 0.0, 0.0)
+    """What replicas that have the adapter are compared by, the least first: kept up by `weigh`."""
+
+    @property
+    def is_free(self) -> bool:
+        return self.is_listed and self.under_way + self.others < self.slots
+
+    def weigh(self) -> None:
+        """To be called after every change."""
+        excess = self.under_way + self.others - IDLE_PART * self.slots
+        work = self.recent + max(0.0, self.others_work)
+        self.busy = (not self.is_listed, excess if excess > 0 else 0.0, work)
+
+    def start(self, work: float) -> None:
+        self.under_way += 1
+        self.outstanding += work
+        self.recent += work
+        self.weigh()
+
+    def end(self, work: float) -> None:
+        self.under_way -= 1
+        self.outstanding -= work
+        self.weigh()
+
+    def hear(self, load: ReplicaLoad) -> None:
+        """Take what a new view of the table says."""
+        share = OTHERS_SHARE if self.is_listed else 1.0
+        ongoing = load.num_running + load.num_waiting
+        self.others += share * (ongoing - self.under_way - self.others)
+        self.others_work += share * (load.work - self.outstanding - self.others_work)
+        self.slots = load.slots or math.inf
+        self.load_s = load.load_s or USUAL_LOAD_S
+        self.is_listed = True
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    replica_id: str
+    work: float
+    since_s: float
+
+
+@dataclass(slots=True)
+class _Places:
+    """Where a version is, by one view of the table."""
+
+    ready: list[str]  # holders that have it
+    lucky: list[str]  # others that have it
+    loading: list[str]  # holders that do not have it yet
 
 
 class Routing:
-    """What one router knows beside the table: the work it assigned lately. One thread or event loop.
+    """One router's decisions. One thread or event loop.
 
     Args:
         clock: seconds; only differences matter.
+        rng: what holders are sampled with, so that many routers do not all choose the same.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], rng: random.Random | None = None) -> None:
         self._clock = clock
-        self._assigned: dict[str, _Decayed] = {}
-        self._choices: dict[str, tuple[str, float]] = {}  # request → replica, until it is settled
+        self._random = (rng or random.Random()).random
+        self._replicas: dict[str, _Known] = {}
+        self._under_way: dict[str, _UnderWay] = {}
+        self._rankings = Rankings()
+        self._places: dict[AdapterVersion, _Places] = {}
+        self._coming: dict[AdapterVersion, tuple[str, float]] = {}
+        self._turn_s = USUAL_TURN_S
+        self._table = PlacementTable()
+        self._noticed_s = clock()
 
     def order(
         self,
@@ -48,62 +127,161 @@ class Routing:
         candidates: Collection[str],
         table: PlacementTable,
     ) -> list[str]:
-        """All candidates, the best first; never empty unless `candidates` is. Changes nothing: see `choose`.
+        """All candidates, the best first; never empty unless `candidates` is.
 
         Args:
             version: the request's adapter; None for the base model, which every replica has.
             work: its rank-weighted tokens.
             candidates: replica ids that may be tried; the table may know fewer or more.
         """
-        now_s = self._clock()
-
-        def busy(replica_id: str) -> tuple[bool, float, str]:
-            # One the table knows nothing of has just begun, or its engine has ended: it is no idle one.
-            load, mine = table.replicas.get(replica_id), self._assigned.get(replica_id)
-            total = (load.work if load else 0.0) + (mine.now(now_s) if mine else 0.0)
-            return load is None, total, replica_id
-
+        best = self.best(version, candidates, table)
         if version is None:
-            return sorted(candidates, key=busy)
-        planned = [r for r in table.holders.get(version, ()) if r in candidates]
-        resident = {r for r in table.residents.get(version, ()) if r in candidates}
-        ready = sorted((r for r in planned if r in resident), key=busy)
-        lucky = sorted(resident.difference(planned), key=busy)
-        loading = [r for r in planned if r not in resident]
-        first = [*ready, *lucky, *loading]
-        return [*first, *preference(version, set(candidates).difference(first))]
+            by_load = sorted(candidates, key=lambda r: (self._busy(r), r))
+            return list(dict.fromkeys((*best, *by_load)))
+        places = self._where(version)
+        ranking = self._rankings.of(version, candidates)
+        tried = (*best, *places.ready, *places.lucky, *places.loading, *ranking)
+        return [r for r in dict.fromkeys(tried) if r in candidates]
+
+    def best(
+        self, version: AdapterVersion | None, candidates: Collection[str], table: PlacementTable
+    ) -> list[str]:
+        """The candidate `order` begins with; nobody if there are none."""
+        if table is not self._table:
+            self._notice(table)
+        if version is None:
+            return [min(candidates, key=lambda r: (self._busy(r), r))] if candidates else []
+        places = self._where(version)
+        if len(places.ready) > SAMPLED_HOLDERS:
+            best = self._least_busy_of_some(places.ready)
+            if best in candidates and self._is_free(best):
+                return [best]
+        ready = [r for r in places.ready if r in candidates]
+        having = ready + [r for r in places.lucky if r in candidates]
+        if version in self._coming and self._coming[version][0] in candidates:
+            having.append(self._coming[version][0])
+        for group in (ready, having):
+            if group:
+                best = min(group, key=self._busy)
+                if self._is_free(best) or self._wait_s(best) <= self._load_s(best):
+                    return [best]
+        return self._cheapest(version, having, places, candidates)
 
     def choose(self, request_id: str, replica_id: str, work: float) -> None:
-        """The request goes to this replica. Its work counts there, and no longer where it was to go before.
+        """The request goes to this replica, and no longer where it was to go before.
 
-        At once, not when the replica has accepted: requests of the same moment must see each other.
+        To be told at once, not when the replica has accepted: requests of the same moment must see each other.
         """
-        self._take_back(request_id)
-        self._add(replica_id, work)
-        self._choices[request_id] = (replica_id, work)
-        if len(self._choices) > MAX_CHOICES:  # given up before any replica accepted
-            del self._choices[next(iter(self._choices))]
+        self.give_up(request_id)
+        known = self._replicas.setdefault(replica_id, _Known())
+        known.start(work)
+        self._under_way[request_id] = _UnderWay(replica_id, work, self._clock())
+        if len(self._under_way) > MAX_UNDER_WAY:  # nobody said how the oldest ended
+            self.give_up(next(iter(self._under_way)))
 
     def is_chosen(self, request_id: str) -> bool:
-        """Whether the request is on its way to a replica that has not accepted it yet."""
-        return request_id in self._choices
+        """Whether the request is under way to or at a replica."""
+        return request_id in self._under_way
 
-    def settle(self, request_id: str) -> None:
-        """The replica chosen last has accepted the request; it will not move any more."""
-        self._choices.pop(request_id, None)
+    def finish(self, request_id: str) -> None:
+        """The request has ended where it went."""
+        ended = self._leave(request_id)
+        if ended is not None:
+            self._turn_s += TURN_SHARE * (self._clock() - ended.since_s - self._turn_s)
 
     def give_up(self, request_id: str) -> None:
-        """The request goes nowhere."""
-        self._take_back(request_id)
-        self._choices.pop(request_id, None)
+        """The request was not served where it went: its work does not count there."""
+        ended = self._leave(request_id)
+        if ended is not None:
+            known = self._replicas[ended.replica_id]
+            known.recent = max(0.0, known.recent - ended.work)
+            known.weigh()
 
-    def _take_back(self, request_id: str) -> None:
-        if request_id in self._choices:
-            replica_id, work = self._choices[request_id]
-            self._add(replica_id, -work)
+    def _leave(self, request_id: str) -> _UnderWay | None:
+        ended = self._under_way.pop(request_id, None)
+        if ended is not None:
+            self._replicas[ended.replica_id].end(ended.work)
+        return ended
 
-    def _add(self, replica_id: str, work: float) -> None:
+    # -- what the table says ---------------------------------------------------------------------
+
+    def _notice(self, table: PlacementTable) -> None:
+        """A new view: let old work fade, and learn how many requests are from others."""
         now_s = self._clock()
-        before = self._assigned.get(replica_id)
-        total = (before.now(now_s) if before else 0.0) + work
-        self._assigned[replica_id] = _Decayed(max(0.0, total), now_s)
+        fading = 0.5 ** ((now_s - self._noticed_s) / MEMORY_S)
+        for known in self._replicas.values():
+            known.recent *= fading
+        if table.replicas is not self._table.replicas:
+            for replica_id in self._replicas.keys() - table.replicas.keys():
+                self._replicas[replica_id].is_listed = False
+                if not self._replicas[replica_id].under_way:
+                    del self._replicas[replica_id]
+            for replica_id, load in table.replicas.items():
+                self._replicas.setdefault(replica_id, _Known()).hear(load)
+        for known in self._replicas.values():
+            known.weigh()
+        self._coming = {v: sent for v, sent in self._coming.items() if now_s - sent[1] < COMING_S}
+        self._places.clear()
+        self._table, self._noticed_s = table, now_s
+
+    def _where(self, version: AdapterVersion) -> _Places:
+        places = self._places.get(version)
+        if places is None:
+            holders = self._table.holders.get(version, ())
+            residents = self._table.residents.get(version, ())
+            places = self._places[version] = _Places(
+                ready=[r for r in holders if r in residents],
+                lucky=[r for r in residents if r not in holders],
+                loading=[r for r in holders if r not in residents],
+            )
+        return places
+
+    # -- the choice ------------------------------------------------------------------------------
+
+    def _busy(self, replica_id: str) -> tuple[bool, float, float]:
+        return self._replicas.get(replica_id, _NOBODY).busy
+
+    def _is_free(self, replica_id: str) -> bool:
+        return self._replicas.get(replica_id, _NOBODY).is_free
+
+    def _least_busy_of_some(self, replica_ids: list[str]) -> str:
+        count = len(replica_ids)
+        sampled = [replica_ids[int(self._random() * count)] for _ in range(SAMPLED_HOLDERS)]
+        return min(sampled, key=self._busy)
+
+    def _cheapest(
+        self,
+        version: AdapterVersion,
+        having: list[str],
+        places: _Places,
+        candidates: Collection[str],
+    ) -> list[str]:
+        """The least cost of waiting and loading, among those who have it and some that might."""
+        window = RANKED_CANDIDATES + 2 * len(having)
+        ranked = self._rankings.of(version, candidates)[:window]
+        loading = [r for r in places.loading if r in candidates]
+        costs = {r: self._wait_s(r) for r in having}
+        for replica_id in (*loading, *ranked):
+            if replica_id not in costs:
+                costs[replica_id] = self._wait_s(replica_id) + self._load_s(replica_id)
+        if not costs:
+            return []
+        best = min(costs, key=costs.__getitem__)
+        if best not in having:
+            self._coming[version] = (best, self._clock())
+        return [best]
+
+    def _wait_s(self, replica_id: str) -> float:
+        """Seconds until the request would get a slot."""
+        known = self._replicas.get(replica_id, _NOBODY)
+        if not known.is_listed:
+            return math.inf
+        before_it = known.under_way + known.others + 1 - known.slots
+        return max(0.0, before_it) * self._turn_s / known.slots
+
+    def _load_s(self, replica_id: str) -> float:
+        """What loading an adapter is worth."""
+        return LOAD_DREAD * self._replicas.get(replica_id, _NOBODY).load_s
+
+
+_NOBODY = _Known()

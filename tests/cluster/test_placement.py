@@ -30,7 +30,7 @@ def version(index: int) -> AdapterVersion:
 
 
 def adapter(index: int, rows: int = 1, work: float = 1.0, copies: int = 1) -> WantedAdapter:
-    return WantedAdapter(version(index), rows, work, copies)
+    return WantedAdapter(version(index), rows, work, copies, requests=work)
 
 
 def spaces(count: int, rows: int) -> list[ReplicaSpace]:
@@ -234,7 +234,7 @@ def test_one_more_holder_for_each_share_of_a_replicas_part(work: float, expected
 
 
 def test_preference_is_the_same_everywhere_and_ignores_who_else_is_there() -> None:
-    assert weight(AdapterVersion("a" * 64), "replica-1") == 5902257356416569485
+    assert weight(AdapterVersion("a" * 64), "replica-1") == 17858903706003156454
     names = [f"replica-{index}" for index in range(10)]
     order = preference(version(3), names)
     assert preference(version(3), reversed(names)) == order

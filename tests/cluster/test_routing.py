@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,14 +80,15 @@ def test_work_assigned_since_the_last_heartbeat_counts_and_fades() -> None:
     )
     assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
     routing.choose("first", "b", 30.0)
-    routing.settle("first")
     table = PlacementTable(
         holders={ONE: ("a", "b")},
         residents={ONE: ("a", "b")},
         replicas=loads({"a": 10.0, "b": 0.0}),
     )
     assert routing.order(ONE, 1.0, ["a", "b"], table) == ["a", "b"]
+    routing.finish("first")
     clock.advance(5 * MEMORY_S)
+    table = replace(table, replicas=loads({"a": 10.0, "b": 0.0}))
     assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
 
 
