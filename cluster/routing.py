@@ -163,8 +163,10 @@ class Routing:
         for group in (ready, having):
             if group:
                 best = min(group, key=self._busy)
-                if self._is_free(best) or self._wait_s(best) <= self._load_s(best):
+                if self._is_free(best):
                     return [best]
+        if having and self._wait_s(best) <= self._load_s(best):
+            return [best]
         return self._cheapest(version, having, places, candidates)
 
     def choose(self, request_id: str, replica_id: str, work: float) -> None:

@@ -39,8 +39,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         work = request.work if request else 0.0
         order = self._routing.order(version, work, by_id.keys(), self._view.table)
         order = self._lost.put_last(order, _avoided(pending_request))
-        if request is not None and order:
-            self._choose(request, order[0])
+        if pending_request is not None and request is not None and order:
+            self._choose(pending_request, request, order[0])
         return [[by_id[replica_id]] for replica_id in order]
 
     def on_request_routed(
@@ -49,8 +49,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         """Serve calls this when a replica has accepted; it may be another than the first choice."""
         request = _engine_request(pending_request)
         if request is not None:
-            self._choose(request, replica_id.unique_id)
-            self._routing.settle(request.request_id)
+            self._choose(pending_request, request, replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Serve calls this when a replica's answer has ended, however it did."""
+        self._routing.finish(internal_request_id)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve calls this when a call to the replica failed for good, long before its own health check notices."""
@@ -63,11 +66,11 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         super().on_replica_actor_unavailable(replica_id)
         self._lost.add(replica_id.unique_id)
 
-    def _choose(self, request: EngineRequest, replica_id: str) -> None:
-        version = request.adapters.version
-        if version is not None and not self._routing.is_chosen(request.request_id):
+    def _choose(self, pending: PendingRequest, request: EngineRequest, replica_id: str) -> None:
+        attempt, version = pending.metadata.internal_request_id, request.adapters.version
+        if version is not None and not self._routing.is_chosen(attempt):
             self._view.record(version, request.work)
-        self._routing.choose(request.request_id, replica_id, request.work)
+        self._routing.choose(attempt, replica_id, request.work)
 
 
 def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
