@@ -37,7 +37,7 @@ from workers.engine.building import build_engine
 from workers.engine.request import EngineRequest
 from workers.engine.thread_client import ThreadEngineClient
 
-POLL_S = 0.05
+POLL_S = 0.2
 """How often these servers look at the registry."""
 
 

@@ -60,7 +60,7 @@ class World:
 
     def publish(self, name: str, rank: int, seed: int, family: str = "flora") -> AdapterVersion:
         """A random adapter strong enough to change most tokens."""
-        return self.publish_files(name, self._files(rank, seed, family))
+        return self.publish_files(name, self.files(rank, seed, family))
 
     def publish_files(
         self, name: str, files: Mapping[str, bytes], alias: str | None = DEFAULT_ALIAS
@@ -68,7 +68,7 @@ class World:
         adapter = AdapterName("default", name)
         return publish_adapter(self.registry, adapter, files, self.base, alias=alias).version
 
-    def _files(self, rank: int, seed: int, family: str) -> dict[str, bytes]:
+    def files(self, rank: int, seed: int, family: str) -> dict[str, bytes]:
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> torch.Tensor:
