@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import httpx
 from ray import serve
@@ -13,6 +14,7 @@ from deployments.settings import ServeSettings, Settings
 from storage.errors import OverloadedError
 
 _HEALTH_TIMEOUT_S = 30.0
+_ASK_AGAIN_S = 0.5
 
 
 def deploy(settings: Settings) -> str:
@@ -53,8 +55,14 @@ def _url(settings: ServeSettings, port: int) -> str:
 
 def _check_answers(url: str) -> None:
     """Serve keeps its first HTTP port for good: another one asked for later would answer nothing."""
+    deadline_s = time.monotonic() + _HEALTH_TIMEOUT_S
     try:
-        httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S).raise_for_status()
+        response = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S)
+        # On a busy machine the first heartbeat takes a while.
+        while response.status_code == 503 and time.monotonic() < deadline_s:
+            time.sleep(_ASK_AGAIN_S)
+            response = httpx.get(f"{url}/health", timeout=_HEALTH_TIMEOUT_S)
+        response.raise_for_status()
     except httpx.HTTPError as error:
         raise OverloadedError(
             f"the application runs but does not answer at {url} ({error}); if Serve was running before, "

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
-from cluster.keys import KeyRing
+from cluster.keys import KeyRing, new_key
 from cluster.published import Published
+from cluster.state import ClusterState
 from cluster.view import TableView
 from deployments import errors as door_errors
 from deployments.api import Api
@@ -22,7 +23,7 @@ from deployments.last_good import LastGood
 from deployments.metrics.exposition import Metrics
 from deployments.model_list import ModelList
 from storage import errors
-from storage.errors import FloraError, StoreUnavailableError
+from storage.errors import FloraError, OverloadedError, StoreUnavailableError
 from tests.cluster.clocks import ManualClock
 
 STATUS = {
@@ -136,6 +137,25 @@ def test_without_keys_another_machine_is_turned_away_whatever_address_is_bound(c
     response = get(app_parts(), "/v1/models", client=client)
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "authentication_required"
+
+
+async def no_manager() -> ClusterState:
+    raise OverloadedError("no manager")
+
+
+def test_metrics_are_for_admins() -> None:
+    user, admin = (new_key("acme", is_admin=is_admin, created_s=0.0) for is_admin in (False, True))
+    keys = reading(KeyRing([user.key, admin.key]))
+    api = app_parts(doorkeeper=Doorkeeper(keys, allows_anonymous=False), cluster_state=no_manager)
+    assert get(api, "/metrics").status_code == 401
+    answers = {
+        key.key.is_admin: get(api, "/metrics", authorization=f"Bearer {key.token}")
+        for key in (user, admin)
+    }
+    assert answers[False].status_code == 403
+    assert (
+        answers[True].status_code == 200 and "flora_placement_manager_up 0.0" in answers[True].text
+    )
 
 
 @pytest.mark.parametrize("client", ["127.0.0.1", "127.8.8.8", "::1"])

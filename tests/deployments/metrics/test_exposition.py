@@ -9,10 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.figures import MANAGER
-from cluster.state import ClusterState
 from cluster.table import PlacementTable, ReplicaReport, TableUpdate
 from cluster.view import TableView
 from deployments.gateway import ReplicaOutputs
@@ -20,40 +17,20 @@ from deployments.metrics.exposition import Metrics
 from deployments.metrics.families import FAMILIES
 from deployments.metrics.replica import replica_figures
 from deployments.metrics.requests import Measured
-from storage.figures import FigureBook, Figures
+from storage.figures import FigureBook
 from storage.identity import AdapterSet, AdapterVersion, sha256_hex
 from tests.cluster.clocks import ManualClock
 from tests.deployments.conftest import LocalServer
+from tests.deployments.metrics.scraping import (
+    exposed,
+    report_of,
+    scrape,
+    state_of,
+    value,
+)
 from tests.deployments.world import BASE_ID
 from workers.engine.client import EngineLoad
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput
-
-Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def parse(text: str) -> Samples:
-    samples = [
-        ((sample.name, tuple(sorted(sample.labels.items()))), sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    ]
-    assert len(dict(samples)) == len(samples), "a series is there twice"
-    return dict(samples)
-
-
-def value(samples: Samples, name: str, **labels: str) -> float:
-    return samples.get((name, tuple(sorted(labels.items()))), 0.0)
-
-
-def scrape(url: str) -> Samples:
-    response = httpx.get(f"{url}/metrics", timeout=30)
-    assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/plain; version=")
-    return parse(response.text)
-
-
-def exposed(metrics: Metrics, state: ClusterState | None) -> Samples:
-    return parse(metrics.expose(state).body.decode())
 
 
 def complete(server: LocalServer, model: str = BASE_ID, **fields: Any) -> httpx.Response:
@@ -114,19 +91,7 @@ def busy_load(tokens: int) -> EngineLoad:
 
 
 def report(replica_id: str, tokens: int) -> ReplicaReport:
-    return ReplicaReport(
-        replica_id, rows=8, num_bytes=1, figures=replica_figures(busy_load(tokens))
-    )
-
-
-def state_of(*reports: ReplicaReport, left: tuple[ReplicaReport, ...] = ()) -> ClusterState:
-    figures = {one.replica_id: one.figures for one in (*reports, *left)}
-    moves = Figures(counters={("flora_placement_moves_total", ("given",)): 3.0})
-    return ClusterState(
-        PlacementTable(epoch=7, holders={AdapterVersion("a" * 64): ("one",)}),
-        reports=reports,
-        figures={**figures, MANAGER: moves},
-    )
+    return report_of(replica_id, replica_figures(busy_load(tokens)))
 
 
 def test_nothing_is_lost_when_a_replica_leaves_and_nothing_goes_down() -> None:
