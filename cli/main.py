@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import adapters, base, chat, doctor, status, train, up
+from cli import adapters, base, chat, doctor, keys, status, train, up
 from cli.console import err, print_error
 from cli.demo.command import demo
 from cli.errors import exit_code
@@ -49,6 +49,7 @@ app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")
+app.add_typer(keys.app, name="keys")
 
 
 def run() -> None:
