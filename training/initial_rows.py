@@ -54,13 +54,22 @@ def _module_rows(
     spec: AdapterSpec, path: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> ModuleRows:
     num_in, num_out = shape
+    if spec.family == "ia3":
+        if spec.scales_input(path):
+            return ModuleRows(mul_b_RI=torch.zeros(1, num_in, dtype=dtype))
+        ones_O = torch.ones(num_out, dtype=dtype)
+        return ModuleRows(scale_O=ones_O, bias_scale_O=ones_O)
     rank = spec.rank_of(path)
     assert spec.seed is not None
     generator = torch.Generator().manual_seed(mixed_seed(spec.seed, "rows", path))
     in_RI = _kaiming_uniform(rank, num_in, generator).to(dtype)
     out_RO = torch.zeros(rank, num_out, dtype=dtype)
     if spec.family != "flora":
-        return ModuleRows(add_p_EI=in_RI, add_q_EO=out_RO, add_gate=spec.scaling_of(path))
+        # DoRA's magnitudes begin as the base's own, which makes a scale of ones.
+        scale_O = torch.ones(num_out, dtype=dtype) if spec.family == "dora" else None
+        return ModuleRows(
+            add_p_EI=in_RI, add_q_EO=out_RO, add_gate=spec.scaling_of(path), scale_O=scale_O
+        )
     if spec.offset == 0:
         # Without an offset the rows themselves must sum to ones. One row carries them all; the paper's all-ones start
         # for every row would make the rows equal.

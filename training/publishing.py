@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from storage.adapter_rows import AdapterRows
 from storage.base_checkpoint import BaseFacts
-from storage.formats.writing import write_flora, write_lora
+from storage.formats.writing import write_flora, write_ia3, write_lora
 from storage.identity import AdapterName, AdapterVersion
 from storage.publishing import publish_adapter
 from storage.registry import Registry
@@ -39,4 +39,6 @@ def peft_files(spec: AdapterSpec, rows: AdapterRows, base_name: str) -> dict[str
     """The files of a PEFT directory, under the adapter's own family."""
     if spec.family == "flora":
         return write_flora(rows, base_name)
+    if spec.family == "ia3":
+        return write_ia3(rows, base_name)
     return write_lora(rows, base_name, use_rslora=spec.family == "rslora")

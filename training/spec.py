@@ -15,12 +15,16 @@ from pydantic_core import PydanticCustomError
 from storage.errors import InvalidRequestError
 from storage.identity import DEFAULT_ALIAS, DEFAULT_TENANT, checked_name
 
-Family = Literal["flora", "lora", "rslora"]
+Family = Literal["flora", "lora", "rslora", "dora", "ia3"]
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
-DEFAULT_LEARNING_RATE = {"flora": 8e-3, "lora": 2e-4, "rslora": 2e-4}
-"""FLoRA's is the paper's (section 4): its rows scale weights that exist, so they need larger steps than LoRA's."""
+DEFAULT_LEARNING_RATE = {"flora": 8e-3, "lora": 2e-4, "rslora": 2e-4, "dora": 2e-4, "ia3": 3e-3}
+"""FLoRA's is the paper's (section 4): its rows scale weights that exist, so they need larger steps than LoRA's. So do
+IA3's vectors; theirs is T-Few's (arXiv 2205.05638)."""
+
+FEEDFORWARD_MODULES = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
+"""Last layers of feedforward blocks by their usual names: IA3 scales what goes into them."""
 
 
 class Evaluation(BaseModel):
@@ -59,7 +63,7 @@ class AdapterSpec(BaseModel):
     name: str
     data: Path = Field(description="JSONL; relative to the specification's folder.")
     family: Family = "flora"
-    rank: int = Field(ge=1, le=1024)
+    rank: int = Field(ge=1, le=1024, description="IA3 has none: leave it out.")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict,
         description="Other ranks by module, keys as in PEFT: `q_proj`, or a regular expression; first match wins.",
@@ -70,17 +74,31 @@ class AdapterSpec(BaseModel):
     offset: Literal[0, 1] = Field(
         default=1, description="FLoRA: 1 starts at the base model for any rank; 0 is the paper's."
     )
-    alpha: float | None = Field(default=None, gt=0, description="LoRA's; twice the rank if unset.")
+    alpha: float | None = Field(
+        default=None, gt=0, description="LoRA's and DoRA's; twice the rank if unset."
+    )
+    feedforward_modules: tuple[str, ...] = Field(
+        default=FEEDFORWARD_MODULES,
+        description="IA3: ends of paths of modules whose inputs are scaled; outputs of the others are.",
+    )
     batch_size: int = Field(default=4, ge=1, le=4096, description="Examples of a step.")
     sequence_length: int = Field(
         default=512, ge=2, description="Longer examples are cut at the end, and counted."
     )
     learning_rate: float | None = Field(
-        default=None, gt=0, le=1, description="8e-3 for FLoRA, 2e-4 for LoRA if unset."
+        default=None,
+        gt=0,
+        le=1,
+        description="If unset 8e-3 for FLoRA, 3e-3 for IA3, 2e-4 for LoRA and its kin.",
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Towards rows without an effect; IA3's vectors and DoRA's magnitudes towards the base model's.",
+    )
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="Largest norm of the adapter's gradient; null: no clipping."
     )
@@ -124,16 +142,22 @@ class AdapterSpec(BaseModel):
         family = filled.get("family", "flora")
         if filled.get("learning_rate") is None and family in DEFAULT_LEARNING_RATE:
             filled["learning_rate"] = DEFAULT_LEARNING_RATE[family]
+        if family == "ia3":
+            filled.setdefault("rank", 1)
         if filled.get("steps") is None and filled.get("epochs") is None:
             filled["epochs"] = 3.0
         return filled
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.family == "flora" and self.alpha is not None:
-            raise PydanticCustomError("no_alpha", "alpha is LoRA's; FLoRA has none")
+        if self.family in ("flora", "ia3") and self.alpha is not None:
+            raise PydanticCustomError("no_alpha", "alpha is LoRA's; FLoRA has none, nor has IA3")
         if self.family != "flora" and self.offset != 1:
             raise PydanticCustomError("no_offset", "offset is FLoRA's")
+        if self.family == "ia3" and (self.rank != 1 or self.rank_pattern):
+            raise PydanticCustomError("no_rank", "IA3 has one vector for each module and no rank")
+        if self.family != "ia3" and self.feedforward_modules != FEEDFORWARD_MODULES:
+            raise PydanticCustomError("no_feedforward", "feedforward_modules is IA3's")
         if self.steps is not None and self.epochs is not None:
             raise PydanticCustomError("two_lengths", "give either steps or epochs")
         if self.early_stop is not None and self.evaluation is None:
@@ -148,7 +172,7 @@ class AdapterSpec(BaseModel):
         return self.rank
 
     def scaling_of(self, module: str) -> float:
-        """LoRA's factor before its rows: alpha/r, or alpha/√r for rsLoRA."""
+        """The factor before LoRA's and DoRA's rows: alpha/r, or alpha/√r for rsLoRA."""
         rank = self.rank_of(module)
         alpha = self.alpha if self.alpha is not None else 2.0 * self.rank
         return alpha / (rank**0.5 if self.family == "rslora" else rank)
@@ -157,7 +181,11 @@ class AdapterSpec(BaseModel):
         """Whether this adapter changes the linear projection at a full module path."""
         if self.target_modules == ALL_LINEAR:
             return True
-        return any(module == end or module.endswith(f".{end}") for end in self.target_modules)
+        return _ends_in(module, self.target_modules)
+
+    def scales_input(self, module: str) -> bool:
+        """IA3: whether the vector of the projection at a full module path scales its inputs, not its outputs."""
+        return _ends_in(module, self.feedforward_modules)
 
     def num_steps(self, num_examples: int) -> int:
         """Optimizer steps over a training set of that size."""
@@ -202,6 +230,10 @@ class TrainingSpec(BaseModel):
         )
         object.__setattr__(self, "adapters", tuple(seeded))
         return self
+
+
+def _ends_in(module: str, ends: tuple[str, ...]) -> bool:
+    return any(module == end or module.endswith(f".{end}") for end in ends)
 
 
 def matches(pattern: str, module: str) -> bool:

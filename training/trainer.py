@@ -119,9 +119,11 @@ class MultiAdapterTrainer:
         batch = {number: self._owned(number, self.runs[number].draw()) for number in training}
         self._optimizer.zero_gradients()
         loss_S = self._accumulate(batch)
+        self.rows.pull_gradients()
         norm_S = self._optimizer.gradient_norms()
         healthy_S = loss_S.isfinite() & norm_S.isfinite()
         self._optimizer.step(norm_S, self._settings(rates, healthy_S))
+        self.rows.refresh()
         losses, norms, healthy = loss_S.tolist(), norm_S.tolist(), healthy_S.tolist()
         seconds = max(self._clock() - began, 1e-9)
         for number in training:

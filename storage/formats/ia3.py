@@ -18,19 +18,19 @@ from storage.formats.module_tensors import ModuleTensors, by_module
 from storage.formats.peft_settings import COMMON_SETTINGS
 from storage.formats.targets import check_target
 
-_PART = "ia3_l"
+PART = "ia3_l"
 
 
 def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
     modules = {}
-    for path, module in by_module("IA3", file.tensors, (_PART,)).items():
-        check_target(file.settings, path, module.name(_PART))
+    for path, module in by_module("IA3", file.tensors, (PART,)).items():
+        check_target(file.settings, path, module.name(PART))
         modules[path] = _module(module, file.settings.get("feedforward_modules"))
     return "ia3", modules
 
 
 def _module(module: ModuleTensors, feedforward: object) -> ReadModule:
-    tensor, name = module.matrix(_PART), module.name(_PART)
+    tensor, name = module.matrix(PART), module.name(PART)
     if _is_input_side(module.path, tensor, name, feedforward):
         return ReadModule(ModuleRows(mul_b_RI=_less_one(tensor)), {"mul_b_RI": name})
     scale_O = tensor.flatten()

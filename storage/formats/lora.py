@@ -27,11 +27,11 @@ from storage.formats.targets import check_target
 from storage.formats.tensors import MAX_ABSOLUTE_VALUE
 
 IN_PART, OUT_PART = "lora_A.weight", "lora_B.weight"
-_MAGNITUDE = "lora_magnitude_vector"
+MAGNITUDE_PART = "lora_magnitude_vector"
 _OWN_BIAS = "lora_B.bias"
 # Where PEFT finds a base bias: inside the modules it wrapped, or in any other module.
 _WRAPPED_BIAS, _PLAIN_BIAS = "base_layer.bias", "bias"
-_PARTS = (IN_PART, OUT_PART, _MAGNITUDE, _OWN_BIAS, _WRAPPED_BIAS, _PLAIN_BIAS)
+_PARTS = (IN_PART, OUT_PART, MAGNITUDE_PART, _OWN_BIAS, _WRAPPED_BIAS, _PLAIN_BIAS)
 
 # The other ways to begin (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base's weights before training, and the
 # adapter is then relative to those.
@@ -78,7 +78,7 @@ class _Variant:
         """The tensors are those that PEFT makes with these settings, no more and no fewer."""
         is_wrapped = bool(module.parts.keys() - {_PLAIN_BIAS, _WRAPPED_BIAS})
         allowed = {
-            _MAGNITUDE: (self.use_dora, "the setting use_dora is off"),
+            MAGNITUDE_PART: (self.use_dora, "the setting use_dora is off"),
             _OWN_BIAS: (self.lora_bias, "the setting lora_bias is off"),
             _WRAPPED_BIAS: (
                 is_wrapped and self.bias != "none",
@@ -130,8 +130,8 @@ def _module(module: ModuleTensors, sides: Sides, gate: float, variant: _Variant)
     names = {"add_p_EI": sides.in_name, "add_q_EO": sides.out_name}
     magnitude_O = bias_shift_O = bias_O = None
     if variant.use_dora:
-        magnitude_O = module.vector(_MAGNITUDE)
-        names["magnitude_O"] = module.name(_MAGNITUDE)
+        magnitude_O = module.vector(MAGNITUDE_PART)
+        names["magnitude_O"] = module.name(MAGNITUDE_PART)
     if variant.lora_bias:
         bias_shift_O = gate * _wide(module.vector(_OWN_BIAS))
         names["bias_shift_O"] = module.name(_OWN_BIAS)

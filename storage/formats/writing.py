@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from storage.adapter_rows import AdapterRows
-from storage.formats import flora, hira, lora
+from storage.formats import flora, hira, ia3, lora
 from storage.formats.module_tensors import PREFIX
 from storage.formats.peft import SETTINGS_FILE, TENSORS_FILE
 from storage.formats.tensors import write_tensors
 
 _Number = TypeVar("_Number", int, float)
-_PARTS = {"HIRA": (hira.IN_PART, hira.OUT_PART), "LORA": (lora.IN_PART, lora.OUT_PART)}
 
 
 def write_flora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
@@ -36,30 +35,39 @@ def write_flora(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
     """
     components, rank, metadata = flora.pack(rows)
     settings = {"peft_type": "HIRA", "r": rank, "rank_pattern": {}, "hira_dropout": 0.0}
-    return _directory(settings, components, base_name, _with_digest(metadata, rows))
+    tensors = {
+        path: {hira.IN_PART: in_RI, hira.OUT_PART: out_RO.T}
+        for path, (in_RI, out_RO) in components.items()
+    }
+    return _directory(settings, tensors, base_name, _with_digest(metadata, rows))
 
 
 def write_lora(rows: AdapterRows, base_name: str, *, use_rslora: bool = False) -> dict[str, bytes]:
-    """Add rows as an ordinary LoRA; every module's gate becomes its alpha over its rank.
+    """Add rows as a LoRA, or with magnitudes as a DoRA; every module's gate becomes its alpha over its rank.
 
     Args:
-        use_rslora: as rsLoRA: alpha over the root of the rank.
+        use_rslora: alpha over the root of the rank.
 
     Raises:
-        ValueError: other rows, or none at all.
+        ValueError: other rows, magnitudes in some modules only, or no rows at all.
     """
-    components: dict[str, tuple[Tensor, Tensor]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     for path, module in rows.modules.items():
-        if set(module.tensors()) - {"add_q_EO", "add_p_EI"} or not module.offset:
+        if set(module.tensors()) - {"add_q_EO", "add_p_EI", "magnitude_O"} or not module.offset:
             raise ValueError(f"{path} has other rows than LoRA's: {sorted(module.tensors())}")
         if module.add_p_EI is not None and module.add_q_EO is not None and module.num_add:
-            components[path] = (module.add_p_EI, module.add_q_EO)
+            tensors[path] = {lora.IN_PART: module.add_p_EI, lora.OUT_PART: module.add_q_EO.T}
+            if module.magnitude_O is not None:
+                tensors[path][lora.MAGNITUDE_PART] = module.magnitude_O
             divisor = math.sqrt(module.num_add) if use_rslora else module.num_add
             alphas[path] = _alpha(module.add_gate, divisor)
-    if not components:
+    if not tensors:
         raise ValueError("a LoRA adapter has rows in at least one module")
-    ranks = {path: in_RI.shape[0] for path, (in_RI, _) in components.items()}
+    num_magnitudes = sum(lora.MAGNITUDE_PART in parts for parts in tensors.values())
+    if num_magnitudes not in (0, len(tensors)):
+        raise ValueError("a DoRA adapter has a magnitude in every module")
+    ranks = {path: parts[lora.IN_PART].shape[0] for path, parts in tensors.items()}
     rank, rank_pattern = _default_and_rest(ranks)
     alpha, alpha_pattern = _default_and_rest(alphas)
     settings = {
@@ -69,29 +77,59 @@ def write_lora(rows: AdapterRows, base_name: str, *, use_rslora: bool = False) -
         "lora_alpha": alpha,
         "alpha_pattern": alpha_pattern,
         "use_rslora": use_rslora,
-        "use_dora": False,
+        "use_dora": num_magnitudes > 0,
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,
     }
-    return _directory(settings, components, base_name, _with_digest({}, rows))
+    return _directory(settings, tensors, base_name, _with_digest({}, rows))
+
+
+def write_ia3(rows: AdapterRows, base_name: str) -> dict[str, bytes]:
+    """Scales of outputs with their biases, and mul rows of inputs, as an IA3.
+
+    Raises:
+        ValueError: other rows, or none at all.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    feedforward = []
+    for path, module in rows.modules.items():
+        parts = set(module.tensors())
+        if parts == {"mul_b_RI"} and module.num_mul == 1 and module.offset:
+            assert module.mul_b_RI is not None
+            tensors[path] = {ia3.PART: module.mul_b_RI + 1}
+            feedforward.append(path)
+        elif parts == {"scale_O", "bias_scale_O"} and module.scale_O is module.bias_scale_O:
+            assert module.scale_O is not None
+            tensors[path] = {ia3.PART: module.scale_O[:, None]}
+        else:
+            raise ValueError(f"{path} has other rows than IA3's: {sorted(parts)}")
+    if not tensors:
+        raise ValueError("an IA3 adapter has a vector in at least one module")
+    settings = {
+        "peft_type": "IA3",
+        "feedforward_modules": sorted(feedforward),
+        "init_ia3_weights": True,
+    }
+    return _directory(settings, tensors, base_name, _with_digest({}, rows))
 
 
 def _directory(
     settings: Mapping[str, Any],
-    components: Mapping[str, tuple[Tensor, Tensor]],
+    modules: Mapping[str, Mapping[str, Tensor]],
     base_name: str,
     metadata: Mapping[str, str],
 ) -> dict[str, bytes]:
-    in_part, out_part = _PARTS[settings["peft_type"]]
-    tensors = {}
-    for path, (in_RI, out_RO) in components.items():
-        tensors[f"{PREFIX}{path}.{in_part}"] = in_RI
-        tensors[f"{PREFIX}{path}.{out_part}"] = out_RO.T
+    """`modules`: each module's tensors by part."""
+    tensors = {
+        f"{PREFIX}{path}.{part}": tensor
+        for path, parts in modules.items()
+        for part, tensor in parts.items()
+    }
     shared = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "target_modules": sorted(components),
+        "target_modules": sorted(modules),
         "inference_mode": True,
         "fan_in_fan_out": False,
         "modules_to_save": None,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, get_peft_model
+from peft import HiraConfig, IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 from torch.func import functional_call
 
@@ -16,7 +16,6 @@ from storage.identity import AdapterVersion
 from tests.training.tiny_jobs import (
     Recorder,
     adapter,
-    largest_difference,
     padded_loss,
     run_of,
     sequences,
@@ -31,39 +30,29 @@ from training.spec import AdapterSpec
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def peft_loop(spec: AdapterSpec) -> tuple[list[float], AdapterRows]:
+def peft_loop(
+    spec: AdapterSpec, dtype: torch.dtype
+) -> tuple[list[float], dict[str, dict[str, Tensor]]]:
     """Train one adapter with PEFT, torch's AdamW and torch's clipping, from the same start on the same batches."""
-    base = tiny_model()
+    base = tiny_model(dtype, has_biases=spec.family == "ia3")
     shapes = {
         path: (module.in_features, module.out_features)
         for path, module in base.named_modules()
         if path.endswith(TARGETS)
     }
-    start = initial_rows(spec, shapes, torch.float32)
-    if spec.family == "flora":
-        config: Any = HiraConfig(r=spec.rank, target_modules=list(TARGETS))
-        in_name, out_name = "hira_A", "hira_B"
-    else:
-        config = LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,
-            use_rslora=spec.family == "rslora",
-            target_modules=list(TARGETS),
-        )
-        in_name, out_name = "lora_A", "lora_B"
-    model = get_peft_model(base, config)
-    parameters: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, rows in start.modules.items():
-        layer = model.base_model.model.get_submodule(path)
-        sides = [getattr(layer, name)["default"] for name in (in_name, out_name)]
-        in_RI, out_OR = (getattr(side, "weight", side) for side in sides)
-        with torch.no_grad():
-            in_RI.copy_(_in_side(rows))
-            out_OR.copy_(_out_side(rows).T)
-        parameters[path] = (in_RI, out_OR)
+    start = initial_rows(spec, shapes, dtype)
+    model = get_peft_model(base, peft_config(spec))
+    parameters = {
+        path: _peft_parameters(model.base_model.model.get_submodule(path)) for path in start.modules
+    }
+    with torch.no_grad():
+        for path, rows in start.modules.items():
+            for name, tensor in rows.tensors().items():
+                if name in ("mul_b_RI", "add_p_EI") and spec.family != "ia3":
+                    parameters[path][name].copy_(tensor)
 
     trainable = [one for one in model.parameters() if one.requires_grad]
-    assert len(trainable) == 2 * len(parameters)
+    assert len(trainable) == sum(map(len, parameters.values()))
     assert spec.learning_rate is not None and spec.seed is not None and spec.steps is not None
     optimizer = torch.optim.AdamW(trainable, lr=spec.learning_rate, weight_decay=spec.weight_decay)
     data = sequences(spec.name)
@@ -77,45 +66,100 @@ def peft_loop(spec: AdapterSpec) -> tuple[list[float], AdapterRows]:
             torch.nn.utils.clip_grad_norm_(trainable, spec.clip_norm)
         optimizer.step()
         losses.append(loss.item())
-    modules = {}
-    for path, (in_RI, out_OR) in parameters.items():
-        sides = (in_RI.detach(), out_OR.detach().T)
-        if spec.family == "flora":
-            modules[path] = ModuleRows(mul_b_RI=sides[0], mul_a_RO=sides[1])
-        else:
-            modules[path] = ModuleRows(add_p_EI=sides[0], add_q_EO=sides[1])
-    return losses, AdapterRows(modules)
+    return losses, {
+        path: {name: parameter.detach() for name, parameter in of_module.items()}
+        for path, of_module in parameters.items()
+    }
 
 
-def _in_side(rows: ModuleRows) -> Tensor:
-    side = rows.mul_b_RI if rows.num_mul else rows.add_p_EI
-    assert side is not None
-    return side
+def peft_config(spec: AdapterSpec) -> Any:
+    targets = list(TARGETS)
+    if spec.family == "flora":
+        return HiraConfig(r=spec.rank, target_modules=targets)
+    if spec.family == "ia3":
+        return IA3Config(target_modules=targets, feedforward_modules=["down_proj"])
+    return LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        use_rslora=spec.family == "rslora",
+        use_dora=spec.family == "dora",
+        target_modules=targets,
+    )
 
 
-def _out_side(rows: ModuleRows) -> Tensor:
-    side = rows.mul_a_RO if rows.num_mul else rows.add_q_EO
-    assert side is not None
-    return side
+PARTS = {
+    "hira_A": "mul_b_RI",
+    "hira_B": "mul_a_RO",
+    "lora_A": "add_p_EI",
+    "lora_B": "add_q_EO",
+    "lora_magnitude_vector": "magnitude_O",
+    "ia3_l": "ia3_l",
+}
+
+
+def _peft_parameters(layer: Any) -> dict[str, Tensor]:
+    """A layer's trained parameters, by the names that they have here."""
+    found = {}
+    for part, name in PARTS.items():
+        if "default" in getattr(layer, part, ()):
+            parameter = getattr(layer, part)["default"]
+            found[name] = getattr(parameter, "weight", parameter)
+    return found
+
+
+def as_peft_trains(rows: AdapterRows, path: str) -> dict[str, Tensor]:
+    """One module's rows as PEFT's parameters, by the same names as `_peft_parameters`."""
+    module = rows.modules[path]
+    if module.scale_O is not None:
+        return {"ia3_l": module.scale_O[:, None]}
+    tensors = module.tensors()
+    if tensors.keys() == {"mul_b_RI"}:
+        return {"ia3_l": tensors["mul_b_RI"] + 1}
+    return {
+        name: tensor.T if name in ("mul_a_RO", "add_q_EO") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "spec",
+    ("spec", "dtype"),
     [
-        adapter("hira", rank=3, clip_norm=0.5, weight_decay=0.02, learning_rate=1.2e-2, steps=60),
-        adapter("lora", family="lora", rank=4, alpha=6, learning_rate=4e-3, clip_norm=None),
-        adapter("rslora", family="rslora", rank=4, alpha=4, learning_rate=2e-3),
+        (
+            adapter(
+                "hira", rank=3, clip_norm=0.5, weight_decay=0.02, learning_rate=1.2e-2, steps=60
+            ),
+            torch.float32,
+        ),
+        (
+            adapter("lora", family="lora", rank=4, alpha=6, learning_rate=4e-3, clip_norm=None),
+            torch.float32,
+        ),
+        (adapter("rslora", family="rslora", rank=4, alpha=4, learning_rate=2e-3), torch.float32),
+        # PEFT's norm is another sum, and Adam makes a step of whatever rounding leaves of a zero.
+        (
+            adapter("dora", family="dora", rank=3, alpha=6, learning_rate=4e-3, clip_norm=0.5),
+            torch.float64,
+        ),
+        (adapter("ia3", family="ia3", learning_rate=3e-2, clip_norm=0.5), torch.float32),
     ],
-    ids=lambda spec: spec.name,
+    ids=["hira", "lora", "rslora", "dora", "ia3"],
 )
-def test_training_here_equals_peft_in_a_plain_loop(spec: AdapterSpec) -> None:
-    neighbour = adapter("neighbour", rank=5, steps=20)
-    ours = trained(neighbour, spec)
-    losses, rows = peft_loop(spec)
+def test_training_here_equals_peft_in_a_plain_loop(spec: AdapterSpec, dtype: torch.dtype) -> None:
+    neighbours = [
+        adapter("neighbour", rank=5, steps=20),
+        adapter("magnitude", family="dora", rank=5, steps=20, learning_rate=1e-2),
+    ]
+    # IA3 scales biases too.
+    ours = trained(*neighbours, spec, dtype=dtype, has_biases=spec.family == "ia3")
+    losses, parameters = peft_loop(spec, dtype)
     assert losses[-1] <= 0.8 * losses[0]
     pairs = zip(ours.losses(spec.name), losses, strict=True)
     assert max(abs(a - b) for a, b in pairs) <= 1e-5
-    assert largest_difference(ours.published[spec.name], rows) <= 1e-5
+    for path, of_module in parameters.items():
+        mine = as_peft_trains(ours.published[spec.name], path)
+        assert mine.keys() == of_module.keys()
+        for name, parameter in of_module.items():
+            assert (mine[name] - parameter).abs().max() <= 1e-5, (path, name)
 
 
 SPECS = [
@@ -168,6 +212,18 @@ def test_gradients_equal_autograd_through_written_out_weights() -> None:
                 assert _relative(gradient[list(owned)], leaf.grad) < 1e-9, path
 
 
+def _in_side(rows: ModuleRows) -> Tensor:
+    side = rows.mul_b_RI if rows.num_mul else rows.add_p_EI
+    assert side is not None
+    return side
+
+
+def _out_side(rows: ModuleRows) -> Tensor:
+    side = rows.mul_a_RO if rows.num_mul else rows.add_q_EO
+    assert side is not None
+    return side
+
+
 def _written_out(weight_OI: Tensor, rows: ModuleRows, in_RI: Tensor, out_RO: Tensor) -> Tensor:
     product_OI = out_RO.T @ in_RI
     if rows.num_mul:
@@ -185,6 +241,8 @@ def test_the_base_model_is_where_every_family_begins() -> None:
         adapter("flora", rank=4, steps=1),
         adapter("paper", rank=4, offset=0, steps=1),
         adapter("lora", family="lora", rank=4, steps=1),
+        adapter("dora", family="dora", rank=4, steps=1),
+        adapter("ia3", family="ia3", steps=1),
     ]
     job = trained(*specs)
     for spec in specs:

@@ -43,6 +43,8 @@ SPECS = [
     adapter("paper", rank=2, offset=0, steps=8, alias="prod"),
     adapter("lora", family="lora", rank=4, target_modules=["v_proj"], alpha=3, steps=8),
     adapter("rslora", family="rslora", rank=4, rank_pattern={"v_proj": 2}, steps=8),
+    adapter("dora", family="dora", rank=2, alpha=3, steps=8),
+    adapter("ia3", family="ia3", target_modules=["v_proj", "down_proj"], steps=8),
 ]
 
 
@@ -63,7 +65,8 @@ def test_a_published_adapter_reads_back_as_it_was_trained(
     assert manifest.provenance.warnings == ()
     files = {path: registry.read_file(entry) for path, entry in manifest.content.files.items()}
     back = read_peft(files).rows
-    assert largest_difference(rows, back) == 0.0
+    # An IA3 file holds l where training holds l − 1.
+    assert largest_difference(rows, back) <= (2**-23 if spec.family == "ia3" else 0.0)
     for path, module in rows.modules.items():
         assert back.modules[path].offset == module.offset
         assert back.modules[path].add_gate == pytest.approx(module.add_gate, rel=1e-12)

@@ -85,6 +85,16 @@ def test_overrides_replace_fields_and_reach_inside(folder: Path) -> None:
         read_spec(path, {"adapters.7.rank": 2})
 
 
+def test_an_ia3_adapter_needs_no_rank(folder: Path) -> None:
+    spec = read_spec(
+        written(folder, "base: b\nadapters:\n- {name: a, family: ia3, data: small.jsonl}")
+    )
+    (one,) = spec.adapters
+    assert (one.rank, one.learning_rate) == (1, 3e-3)
+    assert one.scales_input("model.layers.0.mlp.down_proj")
+    assert not one.scales_input("model.layers.0.mlp.up_proj")
+
+
 ADAPTER = "{name: a, rank: 1, data: small.jsonl}"
 
 
@@ -106,6 +116,8 @@ ADAPTER = "{name: a, rank: 1, data: small.jsonl}"
          "sweep.0.over.rank", 6, "greater than or equal to 1"),
         ("base: b\nsweep:\n- name: a-{seed}\n  data: small.jsonl\n  over: {rank: [1]}",
          "sweep.0.name", 3, "not one of over's fields"),
+        ("base: b\nadapters:\n- {name: a, family: ia3, rank: 4, data: small.jsonl}",
+         "adapters.0", 3, "IA3 has one vector"),
         ("base: b\nadapters:\n- {name: A B, rank: 1, data: small.jsonl}",
          "adapters.0.name", 3, "not a valid name"),
         ("base: b\nadapters:\n- {name: a, rank: 1, alpha: 2, data: small.jsonl}",

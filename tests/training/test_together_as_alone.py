@@ -30,6 +30,8 @@ MIXED_FAMILIES = [
     adapter("lora", family="lora", rank=4, learning_rate=5e-3, target_modules=["q_proj", "v_proj"]),
     adapter("paper", rank=3, offset=0, learning_rate=4e-3),
     adapter("rslora", family="rslora", rank=8, alpha=8, learning_rate=1e-3, steps=55),
+    adapter("dora", family="dora", rank=2, learning_rate=5e-3, rank_pattern={"up_proj": 4}),
+    adapter("ia3", family="ia3", learning_rate=3e-2, target_modules=["k_proj", "down_proj"]),
 ]
 
 
@@ -53,28 +55,33 @@ def test_another_seed_is_another_adapter() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, 3e38])
-@pytest.mark.parametrize("family", ["flora", "lora"])
+@pytest.mark.parametrize("family", ["flora", "lora", "dora", "ia3"])
 def test_a_broken_adapter_leaves_the_healthy_ones_bits_alone(family: str, value: float) -> None:
     """Compared with the same job in which the neighbour is well and ends after the step that breaks it here."""
     healthy = [
         adapter("flora", rank=4, steps=12),
         adapter("lora", family="lora", rank=2, learning_rate=5e-3, steps=12),
+        adapter("dora", family="dora", rank=2, learning_rate=5e-3, steps=12),
     ]
-    neighbour = adapter("neighbour", family=family, rank=3, steps=1, batch_size=3)
-    expected = trained(healthy[0], neighbour, healthy[1])
+    rank = 1 if family == "ia3" else 3
+    neighbour = adapter("neighbour", family=family, rank=rank, steps=1, batch_size=3)
+    expected = trained(healthy[0], neighbour, *healthy[1:])
 
     recorder = Recorder()
     broken = trainer(
-        healthy[0], neighbour.model_copy(update={"steps": 12}), healthy[1], recorder=recorder
+        healthy[0], neighbour.model_copy(update={"steps": 12}), *healthy[1:], recorder=recorder
     )
     for block in broken.rows.blocks.values():
         block.weight_KW[block.owner_K == 1] = value
+    broken.rows.refresh()
     broken.run()
 
     (failure,) = recorder.of(AdapterFailed)
     assert failure.adapter == "neighbour"
     assert "step 1 is not finite" in failure.reason
-    assert [event.adapter for event in recorder.of(AdapterPublished)] == ["flora", "lora"]
+    assert [event.adapter for event in recorder.of(AdapterPublished)] == [
+        spec.name for spec in healthy
+    ]
     for spec in healthy:
         assert recorder.losses(spec.name) == expected.losses(spec.name)
         rows, others = recorder.published[spec.name], expected.published[spec.name]

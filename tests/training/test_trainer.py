@@ -157,10 +157,14 @@ SPECS = [
     adapter("one", rank=2, steps=12, schedule="cosine", warmup_steps=3),
     adapter("two", family="lora", rank=3, steps=9, learning_rate=5e-3),
     adapter("done", rank=1, steps=3),
+    adapter("magnitude", family="dora", rank=2, steps=9, learning_rate=5e-3),
+    adapter("scale", family="ia3", steps=9, learning_rate=3e-2),
 ]
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0)], ids=["same neighbours", "other neighbours"])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2, 3, 4), (4, 1, 3, 0)], ids=["same neighbours", "other neighbours"]
+)
 def test_stopped_and_restored_equals_undisturbed(order: tuple[int, ...]) -> None:
     """From saved bytes, in a new trainer, also among other neighbours than before."""
     undisturbed = trained(*SPECS)
@@ -185,7 +189,7 @@ def test_stopped_and_restored_equals_undisturbed(order: tuple[int, ...]) -> None
         (SPECS[index].name, 5) for index in order if SPECS[index].name != "done"
     ]
     assert "done" not in second.published, "it was published before"
-    for name in ("one", "two"):
+    for name in ("one", "two", "magnitude", "scale"):
         expected = undisturbed.losses(name)
         pairs = zip(first.losses(name) + second.losses(name), expected, strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1e-6

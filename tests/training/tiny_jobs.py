@@ -25,8 +25,8 @@ from workers.models.loading import LoadedBase
 VOCABULARY = 64
 
 
-def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The same random model every time."""
+def tiny_model(dtype: torch.dtype = torch.float32, *, has_biases: bool = False) -> LlamaForCausalLM:
+    """The same random model every time; `has_biases`: in its attention."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -38,12 +38,18 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         max_position_embeddings=128,
         initializer_range=0.2,
         tie_word_embeddings=False,
+        attention_bias=has_biases,
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model.to(dtype).eval()
 
 
-def tiny_base(dtype: torch.dtype = torch.float32) -> FrozenBase:
-    loaded = LoadedBase(tiny_model(dtype), digest="0" * 64, directory=Path("nowhere"))
+def tiny_base(dtype: torch.dtype = torch.float32, *, has_biases: bool = False) -> FrozenBase:
+    model = tiny_model(dtype, has_biases=has_biases)
+    loaded = LoadedBase(model, digest="0" * 64, directory=Path("nowhere"))
     return FrozenBase.adopt(loaded, max_tokens=64)
 
 
@@ -112,10 +118,11 @@ def trainer(
     recorder: Recorder,
     dtype: torch.dtype = torch.float32,
     run: Callable[[AdapterSpec], AdapterRun] = run_of,
+    has_biases: bool = False,
     **options: Any,
 ) -> MultiAdapterTrainer:
     return MultiAdapterTrainer(
-        tiny_base(dtype),
+        tiny_base(dtype, has_biases=has_biases),
         [run(spec) for spec in specs],
         publish=recorder.publish,
         on_event=recorder.events.append,
