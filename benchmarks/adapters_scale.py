@@ -85,7 +85,7 @@ def measure(
             cache_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             storage = storage_in(directory, cache_dir)
             cache = AdapterCache(Registry(open_store(storage)), storage)
-            many = OwnEngine(build_engine(sized, cache.get))
+            many = OwnEngine(build_engine(sized, cache))
             stack.callback(many.close)
             _bring(few.engine, few.versions)
             _bring(many, _that_fit(published, people.bank_rows))

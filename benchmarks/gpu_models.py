@@ -239,7 +239,7 @@ def _engine_step_seconds(rounds: int) -> list[float]:
     """Wall clock of a decode step of the whole engine, sampling and bookkeeping included, by round of 32 steps."""
     runner = NativeRunner(_random_base(), _settings())
     bank = _bank(runner, BATCH)
-    loader = AdapterLoader(bank, _never_fetched, base_digest=runner.base_digest, concurrency=1)
+    loader = AdapterLoader(bank, _Nothing(), base_digest=runner.base_digest, concurrency=1)
     _load(bank, runner, "flora", BATCH)
     engine = Engine(runner, bank, loader, _settings())
     steps = 32
@@ -262,5 +262,10 @@ def _engine_step_seconds(rounds: int) -> list[float]:
     return taken
 
 
-def _never_fetched(version: AdapterVersion) -> Any:
-    raise KeyError(version)
+class _Nothing:
+    """A source that is never asked."""
+
+    def get(self, version: AdapterVersion) -> Any:
+        raise KeyError(version)
+
+    find_near = get

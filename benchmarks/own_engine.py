@@ -42,6 +42,20 @@ def first_token_agreement(one: Sequence[Answered], other: Sequence[Answered]) ->
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    """A source of exactly these adapters."""
+
+    adapters: Mapping[AdapterVersion, AdapterRows]
+
+    def find_near(self, version: AdapterVersion) -> CachedAdapter:
+        if version not in self.adapters:
+            raise UnknownModelError(f"no adapter {version}")
+        return CachedAdapter(self.adapters[version], "host")
+
+    get = find_near
+
+
 class OwnEngine:
     """Steps an engine from this thread, and counts the time it spends there."""
 
@@ -58,13 +72,7 @@ class OwnEngine:
         cls, settings: EngineSettings, adapters: Mapping[AdapterVersion, AdapterRows]
     ) -> OwnEngine:
         """An engine that knows exactly these adapters; they come from memory. Raises as `build_engine`."""
-
-        def source(version: AdapterVersion) -> CachedAdapter:
-            if version not in adapters:
-                raise UnknownModelError(f"no adapter {version}")
-            return CachedAdapter(adapters[version], "host")
-
-        return cls(build_engine(settings, source))
+        return cls(build_engine(settings, _InMemory(adapters)))
 
     def begin(
         self,

@@ -87,7 +87,7 @@ def local_server(
 def local_replica(world: World) -> Iterator[LocalGateway]:
     """An engine of the world's settings."""
     cache = AdapterCache(world.registry, world.settings.storage)
-    client = ThreadEngineClient(build_engine(world.settings.engine, cache.get))
+    client = ThreadEngineClient(build_engine(world.settings.engine, cache))
     try:
         yield LocalGateway(RequestStreams(client, "replica-here"), client)
     finally:

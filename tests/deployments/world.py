@@ -98,7 +98,7 @@ class LoneEngine:
             world.registry, world.settings.storage.model_copy(update={"cache_dir": own})
         )
         roomy = world.settings.engine.model_copy(update={"bank_rows": 64, "bank_slots": 32})
-        self.client = ThreadEngineClient(build_engine(roomy, cache.get))
+        self.client = ThreadEngineClient(build_engine(roomy, cache))
         self._done = threading.Event()
         self._tokens: list[int] = []
         self._error: Exception | None = None

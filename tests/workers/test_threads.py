@@ -89,9 +89,9 @@ def test_steps_run_on_the_engines_threads_and_loads_on_one(tiny_llama_dir: Path)
     seen: dict[str, int] = {}
 
     class Watching(Shelf):
-        def __call__(self, wanted: AdapterVersion) -> Fetched:
+        def get(self, wanted: AdapterVersion) -> Fetched:
             seen["load"] = torch.get_num_threads()
-            return super().__call__(wanted)
+            return super().get(wanted)
 
     rows = random_adapter(projections(tiny_llama_dir), "flora", 1, seed=1)
     before = torch.get_num_threads()

@@ -10,9 +10,8 @@ Shape legend: N bank pages, I input features, O output features, R rows.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -28,6 +27,7 @@ from workers.bank.layout import ModuleLayout, SlotPages
 from workers.bank.magnitude import with_scale
 from workers.bank.module_bank import ModuleBank
 from workers.bank.pages import NUM_RESERVED
+from workers.bank.step_waits import StepWaits
 from workers.bank.transfer import RowTransfer
 from workers.row_form.step_plan import NotResidentError
 
@@ -53,7 +53,7 @@ class BankCounters:
 
     loads: int
     evictions: int
-    wait_s: float  # how long steps and admission have waited for loads, in all
+    wait_s: float  # how long the thread that steps has waited for loads, in all
 
 
 class AdapterBank:
@@ -84,7 +84,7 @@ class AdapterBank:
         self.num_slots = num_slots
         self.device = device
         self._num_loads = 0
-        self._wait_s = 0.0
+        self.waits = StepWaits()
         self._base_weight = base_weight
         pages = num_rows + NUM_RESERVED
         self.modules = {
@@ -114,30 +114,30 @@ class AdapterBank:
 
     def acquire(self, version: AdapterVersion) -> int:
         """The adapter's slot, which cannot be evicted until `release`. Raises NotResidentError."""
-        with self._timed_lock():
+        with self._locked():
             return self._books.acquire(version).slot
 
     def release(self, version: AdapterVersion) -> None:
         """Give one reference back."""
-        with self._timed_lock():
+        with self._locked():
             self._books.release(version)
 
     @property
     def resident_slots(self) -> frozenset[int]:
-        with self._timed_lock():
+        with self._locked():
             return self._books.ready_slots()
 
     # Who is here.
 
     def find(self, version: AdapterVersion) -> int | None:
         """The adapter's slot if its rows are ready, else None."""
-        with self._lock:
+        with self._locked():
             resident = self._books.find(version)
             return resident.slot if resident is not None and resident.is_ready else None
 
     def residents(self) -> tuple[AdapterVersion, ...]:
         """Ready adapters, least recently used first."""
-        with self._lock:
+        with self._locked():
             return tuple(one.version for one in self._books.residents())
 
     def references(self) -> dict[AdapterVersion, int]:
@@ -148,7 +148,7 @@ class AdapterBank:
     @property
     def counters(self) -> BankCounters:
         with self._lock:
-            return BankCounters(self._num_loads, self._books.num_evictions, self._wait_s)
+            return BankCounters(self._num_loads, self._books.num_evictions, self.waits.wait_s)
 
     @property
     def rows_used(self) -> int:
@@ -258,7 +258,7 @@ class AdapterBank:
 
     def pin(self, versions: Iterable[AdapterVersion]) -> None:
         """Keep exactly these from eviction, whether they are resident yet or not."""
-        with self._timed_lock():
+        with self._locked():
             self._books.pin(versions)
 
     def check_integrity(self) -> bool:
@@ -272,14 +272,6 @@ class AdapterBank:
                 pages.items() <= shown[path].items() for path, pages in pages_of.items()
             )
 
-    @contextmanager
-    def _timed_lock(self) -> Iterator[None]:
-        """The books' lock, for the thread that steps: what it waits is counted."""
-        if not self._lock.acquire(blocking=False):
-            began_s = time.perf_counter()
-            self._lock.acquire()
-            self._wait_s += time.perf_counter() - began_s
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _locked(self) -> AbstractContextManager[None]:
+        """The books' lock, in methods that the thread that steps calls."""
+        return self.waits.holding(self._lock)

@@ -1,5 +1,5 @@
-"""Brings adapters to the bank in the background: one load per version, requests before prefetches, never on the step
-thread.
+"""Brings adapters to the bank in the background: one load per version, requests before wishes, never on the step
+thread, and what is near never behind what is far.
 """
 
 from __future__ import annotations
@@ -7,70 +7,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 from storage.adapter_rows import AdapterRows
 from storage.errors import BaseMismatchError, FloraError
 from storage.identity import AdapterVersion
+from storage.load_stages import Stage, StageClock
 from workers.bank.bank import AdapterBank
 from workers.bank.books import BankBusyError
+from workers.bank.load_failures import LoadFailures
+from workers.bank.load_queue import Lane, Load, LoadQueue, Urgency
+from workers.bank.load_times import LoadReport, LoadTimes
+from workers.bank.source import AdapterSource
 from workers.row_form.step_plan import NotResidentError
 from workers.threads import use_threads
 
-# How long a failed load answers further requests, and a failed prefetch is not tried again.
-RETRY_AFTER_S = 5.0
-# How long a failed load waits for the request it failed for, which may sit behind a long step.
-TELL_WITHIN_S = 60.0
-
 _log = logging.getLogger(__name__)
-
-
-class FetchedAdapter(Protocol):
-    """An adapter's rows, and where they were found: host, disk or registry."""
-
-    @property
-    def rows(self) -> AdapterRows: ...
-
-    @property
-    def tier(self) -> str: ...
-
-
-AdapterSource = Callable[[AdapterVersion], FetchedAdapter]
-"""May take seconds and raise any of our errors; called from the loader's threads, once at a time per version."""
-
-
-class AdapterTiers(Protocol):
-    """A source that can tell what it keeps near: `storage.adapter_cache.AdapterCache`. Any method from any thread."""
-
-    def get(self, version: AdapterVersion) -> FetchedAdapter:
-        """As `AdapterSource`."""
-
-    def host_versions(self) -> Collection[AdapterVersion]: ...
-
-    def disk_versions(self) -> Collection[AdapterVersion]: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    version: AdapterVersion
-    is_requested: bool  # by a request, not only by a prefetch
-    is_for_device: bool = True  # or only to be near
-    fetched: FetchedAdapter | None = None
-    is_busy: bool = False  # the bank had no room at the last attempt
-    is_parked: bool = False  # … and nothing was freed since
-
-
-@dataclass(slots=True)
-class _Failure:
-    error: Exception
-    at_s: float
-    is_told: bool = False
-
-    def is_over(self, now: float) -> bool:
-        return now - self.at_s >= (RETRY_AFTER_S if self.is_told else TELL_WITHIN_S)
 
 
 class AdapterLoader:
@@ -79,7 +33,8 @@ class AdapterLoader:
     Args:
         source: fetches a version's rows.
         base_digest: of the model served; an adapter bound to another one is refused.
-        concurrency: threads, so loads at a time.
+        concurrency: threads, so loads at a time: so many for what is near, and as many for what is far.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -95,22 +50,25 @@ class AdapterLoader:
         self._source = source
         self._base_digest = base_digest
         self._clock = clock
-        self._condition = threading.Condition()
-        self._loads: dict[AdapterVersion, _Load] = {}
-        self._requested: deque[_Load] = deque()
-        self._prefetched: deque[_Load] = deque()
-        self._kept_near: deque[_Load] = deque()
-        self._retired: set[AdapterVersion] = set()
-        self._failures: dict[AdapterVersion, _Failure] = {}
-        self._prefetch_again_s: dict[AdapterVersion, float] = {}
+        self._condition = threading.Condition(threading.Lock())
+        self._queue = LoadQueue()
+        self._failures = LoadFailures()
+        self._times = LoadTimes()
+        self._retired: frozenset[AdapterVersion] = frozenset()
+        self._may_evict = False
         self._claims: set[AdapterVersion] = set()
         self._tiers: OrderedDict[AdapterVersion, str] = OrderedDict()
         self._num_freed = 0
         self._is_stopping = False
         self._on_change: Callable[[], None] = lambda: None
-        self.num_errors = 0
         self._threads = [
-            threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
+            threading.Thread(
+                target=self._work,
+                args=(lane,),
+                name=f"adapter-loader-{lane.name.lower()}-{i}",
+                daemon=True,
+            )
+            for lane in Lane
             for i in range(concurrency)
         ]
         for thread in self._threads:
@@ -123,70 +81,64 @@ class AdapterLoader:
     def request(self, version: AdapterVersion) -> Exception | None:
         """Have a version loaded that a request waits for; no effect while it is being loaded, or kept for it, already.
 
-        Returns the error of the load that failed since the last call, or shortly before it: then nothing is started,
-        and the requests that wait should be told.
+        Returns an error while its last load failed so lately that another try is not worth it: then nothing is
+        started, and the requests that wait should be told.
         """
-        with self._condition:
-            self._forget_old(self._clock())
-            failure = self._failures.get(version)
-            if failure is not None:
-                failure.is_told = True
-                return failure.error
+        with self._locked():
+            now = self._clock()
             if version in self._claims:
                 return None  # it came since the request looked for it
-            load = self._loads.get(version)
-            if load is None:
-                self._enqueue(_Load(version, is_requested=True))
-            elif not load.is_requested:
-                load.is_requested = load.is_for_device = True
-                for queue in (self._prefetched, self._kept_near):
-                    if load in queue:
-                        queue.remove(load)
-                        self._enqueue(load)
-        return None
+            load = self._queue.find(version)
+            if load is not None:
+                self._queue.hurry(load, now)
+                return None
+            error = self._failures.error(version, now)
+            if error is None:
+                self._enqueue(Load(version, Urgency.REQUESTED, now))
+            return error
+
+    def take_failures(self) -> dict[AdapterVersion, Exception]:
+        """The loads that failed since the last call. Every request that waits for one of these should be told."""
+        with self._locked():
+            return self._failures.take_untold()
 
     def prefetch(
-        self, wanted: Sequence[AdapterVersion], near: Sequence[AdapterVersion] = ()
+        self,
+        wanted: Sequence[AdapterVersion],
+        near: Sequence[AdapterVersion] = (),
+        retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
         """Load these when nothing more urgent is to do, in this order. Replaces what was asked for before.
 
         Args:
             wanted: to the device.
             near: only as near as the source keeps them, after all others.
+            retired: to be evicted from the device as soon as nobody uses them.
         """
-        with self._condition:
-            for load in (*self._prefetched, *self._kept_near):
-                del self._loads[load.version]
-            self._prefetched.clear()
-            self._kept_near.clear()
-            self._forget_old(self._clock())
-            known = {*self._loads, *self._prefetch_again_s, *self._bank.residents()}
-            for versions, is_for_device in ((wanted, True), (near, False)):
+        residents = self._bank.residents()
+        with self._locked():
+            now = self._clock()
+            self._queue.drop_wishes()
+            for versions, urgency in ((wanted, Urgency.WANTED), (near, Urgency.KEPT)):
                 for version in versions:
-                    if version not in known:
-                        known.add(version)
-                        self._enqueue(_Load(version, False, is_for_device))
-
-    def retire(self, versions: Collection[AdapterVersion]) -> None:
-        """Free the rows of these soon, but of those that are in use. Replaces what was asked for before."""
-        with self._condition:
-            self._retired = set(versions).intersection(self._bank.residents())
-            if self._retired:
-                self._condition.notify()
+                    is_here = version in residents or version in self._queue
+                    if not is_here and not self._failures.is_resting(version, urgency, now):
+                        self._enqueue(Load(version, urgency, now))
+            self._retired = retired.intersection(residents)
+            self._evict_soon()
 
     def rows_freed(self) -> None:
         """References were given back, or pins changed: try again what found no room."""
-        with self._condition:
+        with self._locked():
             self._num_freed += 1
-            for load in self._loads.values():
-                if load.is_parked:
-                    load.is_parked = False
-                    self._enqueue(load)
+            self._queue.unpark(self._clock())
+            self._condition.notify_all()
+            self._evict_soon()
 
     @property
     def claims(self) -> frozenset[AdapterVersion]:
         """Adapters that were loaded for a request and are kept for it until `release_claims`, a reference each."""
-        with self._condition:
+        with self._locked():
             return frozenset(self._claims)
 
     def references_of_others(self) -> dict[AdapterVersion, int]:
@@ -198,7 +150,7 @@ class AdapterLoader:
 
     def release_claims(self, claims: frozenset[AdapterVersion]) -> None:
         """Every request that waits has had its chance, since `claims` were read, to take a reference of its own."""
-        with self._condition:
+        with self._locked():
             mine = self._claims & claims  # `stop` may have given some back meanwhile
             self._claims -= mine
         for version in mine:
@@ -208,91 +160,135 @@ class AdapterLoader:
 
     def waits_for_room(self, version: AdapterVersion) -> bool:
         """The bank had no room for it at the last attempt; there may be another attempt under way."""
-        with self._condition:
-            load = self._loads.get(version)
+        with self._locked():
+            load = self._queue.find(version)
             return load is not None and load.is_busy
 
     def is_trying(self, version: AdapterVersion) -> bool:
         """It is being loaded, or will be without anything being freed."""
-        with self._condition:
-            load = self._loads.get(version)
+        with self._locked():
+            load = self._queue.find(version)
             return load is not None and not load.is_parked
 
     def tier(self, version: AdapterVersion) -> str:
         """Where a version was loaded from that became resident a moment ago."""
-        with self._condition:
+        with self._locked():
             return self._tiers.get(version, "device")
+
+    def report(self) -> LoadReport:
+        """What became of loads, since start."""
+        with self._condition:
+            return LoadReport(
+                self._failures.num_errors,
+                self._failures.failed(self._clock()),
+                self._times.average_s,
+                self._times.read(),
+            )
 
     def stop(self) -> None:
         """End after the loads under way, wait for them up to a second, and give back all claims."""
         with self._condition:
             self._is_stopping = True
             self._condition.notify_all()
+        end_s = time.monotonic() + 1.0
         for thread in self._threads:
-            thread.join(timeout=1.0)
+            thread.join(timeout=max(0.0, end_s - time.monotonic()))
         self.release_claims(self.claims)
 
-    def _enqueue(self, load: _Load) -> None:
-        self._loads[load.version] = load
-        queue = self._requested if load.is_requested else self._prefetched
-        (queue if load.is_for_device else self._kept_near).append(load)
-        self._condition.notify()
+    def _locked(self) -> AbstractContextManager[None]:
+        """The lock, in methods that the thread that steps calls."""
+        return self._bank.waits.holding(self._condition)
 
-    def _work(self) -> None:
+    def _enqueue(self, load: Load) -> None:
+        self._queue.add(load, self._clock())
+        self._condition.notify_all()
+
+    def _evict_soon(self) -> None:
+        if self._retired:
+            self._may_evict = True
+            self._condition.notify_all()
+
+    def _work(self, lane: Lane) -> None:
         # Rows are copied and checked on this thread alone: the other cores are the engine's.
         use_threads(1)
         while True:
             with self._condition:
-                while not self._is_stopping and not (
-                    self._retired or self._requested or self._prefetched or self._kept_near
-                ):
+                while not self._is_stopping and not self._has_work(lane):
                     self._condition.wait()
                 if self._is_stopping:
                     return
-                retired = self._retired.pop() if self._retired else None
-                queue = self._requested or self._prefetched or self._kept_near
-                load = queue.popleft() if retired is None else None
+                retired = self._take_retired(lane)
+                load = self._queue.pop(lane, self._clock())
                 num_freed = self._num_freed
-            if retired is not None:
-                self._evict(retired)
+            for version in retired:
+                self._retire(version)
             if load is not None:
-                self._bring(load, num_freed)
+                self._carry_out(load, num_freed)
 
-    def _evict(self, version: AdapterVersion) -> None:
+    def _has_work(self, lane: Lane) -> bool:
+        return self._queue.has_waiting(lane) or (lane is Lane.NEAR and self._may_evict)
+
+    def _take_retired(self, lane: Lane) -> frozenset[AdapterVersion]:
+        if lane is not Lane.NEAR or not self._may_evict:
+            return frozenset()
+        self._may_evict = False
+        return self._retired
+
+    def _retire(self, version: AdapterVersion) -> None:
         try:
             self._bank.evict(version)
         except BankBusyError:
-            return  # whoever retired it will say so again
+            return  # whoever uses it will free it
+        with self._condition:
+            self._retired -= {version}
         self.rows_freed()
 
-    def _bring(self, load: _Load, num_freed: int) -> None:
+    def _carry_out(self, load: Load, num_freed: int) -> None:
+        stages = StageClock()
         try:
-            self._load(load)
+            if not self._fetch(load):
+                return
+            if load.urgency is not Urgency.KEPT:
+                with stages.stage("device"):
+                    self._bring(load)
         except BankBusyError:
             self._no_room(load, num_freed)
         except Exception as error:
             self._failed(load, error)
         else:
-            self._loaded(load)
+            self._loaded(load, stages.stage_s)
         self._on_change()
 
-    def _load(self, load: _Load) -> None:
-        if load.fetched is None:
-            load.fetched = self._source(load.version)
-        if not load.is_for_device:
-            return
-        rows, tier = load.fetched.rows, load.fetched.tier
-        _check_base(rows, self._base_digest)
+    def _fetch(self, load: Load) -> bool:
+        """Get its rows; false when they are not near, and the load waits in the other lane."""
+        if load.fetched is not None:
+            return True
+        if load.lane is Lane.FAR:
+            load.fetched = self._source.get(load.version)
+        else:
+            load.fetched = self._source.find_near(load.version)
+        if load.fetched is not None:
+            _check_base(load.fetched.rows, self._base_digest)
+            return True
         with self._condition:
-            self._tiers[load.version] = tier
+            load.lane = Lane.FAR
+            self._enqueue(load)
+        return False
+
+    def _bring(self, load: Load) -> None:
+        assert load.fetched is not None
+        with self._condition:
+            self._tiers[load.version] = load.fetched.tier
             self._tiers.move_to_end(load.version)
             while len(self._tiers) > self._bank.num_slots:
                 self._tiers.popitem(last=False)
-        self._bank.load(load.version, rows)
+        self._bank.load(load.version, load.fetched.rows)
 
-    def _loaded(self, load: _Load) -> None:
+    def _loaded(self, load: Load, stage_s: dict[Stage, float]) -> None:
+        assert load.fetched is not None
         with self._condition:
-            if load.is_requested:
+            is_requested = load.urgency is Urgency.REQUESTED
+            if is_requested:
                 # Or another thread's load could evict it before the request it came for has seen it.
                 try:
                     self._bank.acquire(load.version)
@@ -300,14 +296,20 @@ class AdapterLoader:
                     self._enqueue(load)
                     return
                 self._claims.add(load.version)
-            del self._loads[load.version]
-            self._failures.pop(load.version, None)
+            self._queue.remove(load)
+            self._failures.loaded(load.version)
+            if load.urgency is Urgency.KEPT:
+                self._failures.fetched(load.version, self._clock())
+            self._times.went_through({"queue": load.queue_s, **load.fetched.stage_s, **stage_s})
+            if load.urgency is not Urgency.KEPT:
+                seconds = self._clock() - load.asked_s
+                self._times.loaded(load.fetched.tier, seconds, is_requested=is_requested)
 
-    def _no_room(self, load: _Load, num_freed: int) -> None:
+    def _no_room(self, load: Load, num_freed: int) -> None:
         with self._condition:
-            if not load.is_requested:
-                del self._loads[load.version]
-                self._prefetch_again_s[load.version] = self._clock() + RETRY_AFTER_S
+            if load.urgency is not Urgency.REQUESTED:
+                self._queue.remove(load)
+                self._failures.no_room(load.version, self._clock())
                 return
             load.is_busy = True
             # Something may have been freed while the attempt was under way; parking would miss it.
@@ -316,27 +318,12 @@ class AdapterLoader:
             else:
                 load.is_parked = True
 
-    def _failed(self, load: _Load, error: Exception) -> None:
+    def _failed(self, load: Load, error: Exception) -> None:
         if not isinstance(error, FloraError):
             _log.exception("loading adapter %s failed", load.version)
         with self._condition:
-            now = self._clock()
-            self.num_errors += 1
-            del self._loads[load.version]
-            if load.is_requested:
-                self._failures[load.version] = _Failure(error, now)
-            else:
-                self._prefetch_again_s[load.version] = now + RETRY_AFTER_S
-
-    def _forget_old(self, now: float) -> None:
-        self._failures = {
-            version: failure
-            for version, failure in self._failures.items()
-            if not failure.is_over(now)
-        }
-        self._prefetch_again_s = {
-            version: at_s for version, at_s in self._prefetch_again_s.items() if now < at_s
-        }
+            self._queue.remove(load)
+            self._failures.failed_now(load.version, error, self._clock())
 
 
 def _check_base(rows: AdapterRows, base_digest: str) -> None:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from workers.bank.bank import AdapterBank
-from workers.bank.loader import AdapterLoader, AdapterSource, AdapterTiers
+from workers.bank.loader import AdapterLoader
+from workers.bank.source import AdapterSource, AdapterTiers
 from workers.config import EngineSettings
 from workers.engine.client import EngineClient
 from workers.engine.engine import Engine
@@ -71,7 +72,7 @@ def build_client(settings: EngineSettings, make_tiers: Callable[[], AdapterTiers
     if transport == "process":
         return ProcessEngineClient(settings, make_tiers)
     tiers = make_tiers()
-    return ThreadEngineClient(build_engine_apart(settings, tiers.get), tiers)
+    return ThreadEngineClient(build_engine_apart(settings, tiers), tiers)
 
 
 def build_engine_apart(settings: EngineSettings, source: AdapterSource) -> Engine:

@@ -88,7 +88,7 @@ class EngineClient(Protocol):
             wanted: to the device, most wanted first.
             pinned: exactly these are kept from eviction there.
             near: at least to this machine's disk or memory, when nothing more urgent is to do; never to the device.
-            retired: have their rows on the device freed now, but those that a request uses: say it again later.
+            retired: to be evicted from the device as soon as no request holds them.
         """
 
     def load(self) -> EngineLoad: ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ordered
 
 from storage.errors import FloraError
@@ -23,6 +23,7 @@ from workers.engine.client import EngineLoad
 from workers.engine.kv_allocator import KvAllocator
 from workers.engine.outbox import Outbox, not_finite
 from workers.engine.prompt_scores import score_prompts
+from workers.engine.recent_times import RecentTimes
 from workers.engine.request import EngineRequest, FinishReason, StepOutputs
 from workers.engine.sampling.greedy import choose_greatest
 from workers.engine.sampling.row import SampledToken
@@ -92,6 +93,8 @@ class Engine:
         self._applied_pins: frozenset[AdapterVersion] = frozenset()
         self._outbox = Outbox(clock, loader.tier)
         self._figures = StepFigures()
+        self._first_tokens = RecentTimes()
+        self._misses = 0
         self._tokens_out = 0
         self._step_errors = 0
         self._failed_in_a_row = 0
@@ -117,7 +120,10 @@ class Engine:
         deadline_s = None
         if request.deadline_s is not None:
             deadline_s = now + request.deadline_s - self._wall_clock()
-        self._scheduler.add(Sequence(request, arrived_s=now, deadline_s=deadline_s))
+        sequence = Sequence(request, arrived_s=now, deadline_s=deadline_s)
+        self._scheduler.add(sequence)
+        if sequence.version is not None and self.bank.find(sequence.version) is None:
+            self._misses += 1
 
     def abort(self, request_id: str) -> None:
         """Free all a request holds, now; its last output comes with the next step. No error when it is gone."""
@@ -141,13 +147,12 @@ class Engine:
         """As `EngineClient.prefetch`."""
         self._wanted_pins = pinned
         self._apply_pins()
-        self.loader.prefetch(wanted, near)
-        self.loader.retire(retired)
+        self.loader.prefetch(wanted, near, retired)
 
     def load(self) -> EngineLoad:
         """What the engine has to do and holds. `host` and `disk` are the adapter cache's to fill in."""
         scheduler, bank = self._scheduler, self.bank
-        counters = bank.counters
+        counters, loads = bank.counters, self.loader.report()
         return EngineLoad(
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
@@ -169,8 +174,12 @@ class Engine:
             threads=self.num_threads,
             load_wait_s=counters.wait_s,
             queued_work=sum(one.work_left for one in scheduler.waiting()),
-            load_errors=self.loader.num_errors,
-            figures=self._figures.read(),
+            first_token_p99_s=self._first_tokens.quantile(0.99, self._clock()),
+            misses=self._misses,
+            load_s=loads.load_s,
+            load_errors=loads.num_errors,
+            failed=loads.failed,
+            figures=self._figures.read().merged(loads.figures),
         )
 
     # One step.
@@ -178,6 +187,7 @@ class Engine:
     def step(self) -> StepOutputs:
         """Admit what can be admitted, compute one step, return what it brought; at once with nothing to compute."""
         start_s = self._clock()
+        self.bank.waits.step_here()
         self._expire(start_s)
         self._admit(start_s)
         spans = self._scheduler.next_step()
@@ -205,16 +215,22 @@ class Engine:
                 self._end(sequence, FinishReason.ABORT)
 
     def _admit(self, now: float) -> None:
-        claims = self.loader.claims
+        claims, failures = self.loader.claims, self.loader.take_failures()
         missing = self._scheduler.admit(now, self._starvation.closed)
         self.loader.release_claims(claims)
         for version in missing:
-            error = self.loader.request(version)
+            error = failures.get(version) or self.loader.request(version)
             if error is not None:
-                for sequence in self._scheduler.waiting():
-                    if sequence.version == version:
-                        self._end(sequence, FinishReason.ERROR, error)
+                failures[version] = error
+        self._tell(failures)
         self._relieve(now, missing)
+
+    def _tell(self, failures: Mapping[AdapterVersion, Exception]) -> None:
+        """End every request that waits for an adapter whose load failed."""
+        for sequence in self._scheduler.waiting() if failures else ():
+            version = sequence.version
+            if version is not None and version in failures and not sequence.is_held:
+                self._end(sequence, FinishReason.ERROR, failures[version])
 
     def _relieve(self, now: float, missing: Ordered[AdapterVersion]) -> None:
         """Close adapters to new work while a request waits too long for room."""
@@ -273,6 +289,7 @@ class Engine:
         for sequence, token in zip(answering, tokens, strict=True):
             if not sequence.has_reported:
                 self._figures.answered_first(sequence, now)
+                self._first_tokens.add(now - sequence.arrived_s, now)
             self._append(sequence, token)
 
     def _append(self, sequence: Sequence, new: SampledToken | None) -> None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable
+
 from storage.errors import EngineLostError, InvalidRequestError
 from storage.identity import AdapterSet
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
+
+_log = logging.getLogger(__name__)
 
 
 def engine_lost() -> EngineLostError:
@@ -13,30 +19,53 @@ def engine_lost() -> EngineLostError:
 
 
 class OwedAnswers:
-    """Not thread-safe: its client's lock guards it."""
+    """Every method may be called from any thread."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._adapters: dict[str, AdapterSet] = {}
+        self._on_step: Callable[[StepOutputs], None] | None = None
+
+    def deliver_to(self, on_step: Callable[[StepOutputs], None]) -> None:
+        """Hand outputs out to `on_step` from now on."""
+        self._on_step = on_step
+
+    @property
+    def is_delivered(self) -> bool:
+        """There is somebody who takes outputs."""
+        return self._on_step is not None
 
     def add(self, request: EngineRequest) -> None:
         """From now on this request is owed an end. Raises InvalidRequestError if its id is in use."""
-        if request.request_id in self._adapters:
-            raise InvalidRequestError(f"request id {request.request_id} is in use")
-        self._adapters[request.request_id] = request.adapters
+        with self._lock:
+            if request.request_id in self._adapters:
+                raise InvalidRequestError(f"request id {request.request_id} is in use")
+            self._adapters[request.request_id] = request.adapters
 
-    def settle(self, outputs: StepOutputs) -> None:
-        """Strike out the requests that end with these outputs."""
-        for output in outputs.outputs:
-            if output.finish_reason is not None:
-                self._adapters.pop(output.request_id, None)
+    def hand_out(self, outputs: StepOutputs) -> None:
+        """Hand outputs out, and strike out the requests that end with them."""
+        if not outputs.outputs or self._on_step is None:
+            return
+        with self._lock:
+            for output in outputs.outputs:
+                if output.finish_reason is not None:
+                    self._adapters.pop(output.request_id, None)
+        try:
+            self._on_step(outputs)
+        except Exception:
+            # A receiver's error is not the engine's: other requests go on.
+            _log.exception("handing out a step's outputs failed")
 
-    def end_all(self) -> StepOutputs:
-        """A last output, `engine_lost`, for everybody who is still owed one; afterwards nobody is."""
+    def end_all(self) -> None:
+        """Hand out a last output, `engine_lost`, for everybody who is still owed one; afterwards nobody is."""
         error = engine_lost()
-        adapters, self._adapters = self._adapters, {}
-        return StepOutputs(
-            tuple(
-                RequestOutput(request_id, one, finish_reason=FinishReason.ERROR, error=error)
-                for request_id, one in adapters.items()
+        with self._lock:
+            adapters = dict(self._adapters)
+        self.hand_out(
+            StepOutputs(
+                tuple(
+                    RequestOutput(request_id, one, finish_reason=FinishReason.ERROR, error=error)
+                    for request_id, one in adapters.items()
+                )
             )
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from storage.errors import EngineLostError, FloraError
 from storage.identity import AdapterVersion
-from workers.bank.loader import AdapterTiers
+from workers.bank.source import AdapterTiers
 from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
 from workers.engine.owed import OwedAnswers
@@ -71,7 +71,6 @@ class ProcessEngineClient:
         self._owed = OwedAnswers()
         self._is_stopping = False
         self._is_gone = False
-        self._on_step: Callable[[StepOutputs], None] | None = None
         self._pipe, theirs = Pipe()
         self._process = _spawn(theirs, settings)
         try:
@@ -94,7 +93,7 @@ class ProcessEngineClient:
         return self._process.pid
 
     def start(self, on_step: Callable[[StepOutputs], None]) -> None:
-        self._on_step = on_step
+        self._owed.deliver_to(on_step)
 
     def submit(self, request: EngineRequest) -> None:
         """As `EngineClient.submit`.
@@ -105,7 +104,7 @@ class ProcessEngineClient:
         """
         validate_request(request, self._limits)
         with self._lock:
-            if self._is_stopping or self._is_gone or self._on_step is None:
+            if self._is_stopping or self._is_gone or not self._owed.is_delivered:
                 raise EngineLostError("this replica is shutting down; send the request again")
             self._owed.add(request)
             # Within the lock, or an abort from another thread could overtake it.
@@ -170,7 +169,7 @@ class ProcessEngineClient:
                 if isinstance(message, Report):
                     self._report = message
                 elif isinstance(message, StepOutputs):
-                    self._hand_out(message)
+                    self._owed.hand_out(message)
         except GONE:
             pass
         except Exception:
@@ -178,21 +177,9 @@ class ProcessEngineClient:
             self._process.kill()
         with self._lock:
             self._is_gone = True
-            last_words = self._owed.end_all()
         if not self._is_stopping:
             _log.error("the engine's process %d ended by itself", self.pid)
-        self._hand_out(last_words)
-
-    def _hand_out(self, outputs: StepOutputs) -> None:
-        with self._lock:
-            self._owed.settle(outputs)
-        if not outputs.outputs or self._on_step is None:
-            return
-        try:
-            self._on_step(outputs)
-        except Exception:
-            # A receiver's error is not the engine's: other requests go on.
-            _log.exception("handing out a step's outputs failed")
+        self._owed.end_all()
 
 
 def _spawn(pipe: Connection, settings: EngineSettings) -> subprocess.Popen[bytes]:

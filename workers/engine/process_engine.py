@@ -66,7 +66,7 @@ class EngineProcess:
             # Before the model is loaded: that may take minutes, and nobody may be left to load it for.
             threading.Thread(target=self._obey, name="orders", daemon=True).start()
             tiers = start.make_tiers()
-            engine = build_engine_apart(start.settings, tiers.get)
+            engine = build_engine_apart(start.settings, tiers)
         except FloraError as error:
             self._writer.put(StartFailed(error))
             return None

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 from storage.errors import FloraError
 from storage.identity import AdapterVersion
-from workers.bank.loader import AdapterTiers
+from workers.bank.source import AdapterTiers
 from workers.config import EngineSettings
 from workers.engine.client import EngineLoad
 from workers.engine.request import EngineRequest, StepOutputs

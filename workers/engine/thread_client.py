@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from storage.errors import EngineLostError
 from storage.identity import AdapterVersion
-from workers.bank.loader import AdapterTiers
+from workers.bank.source import AdapterTiers
 from workers.engine.client import EngineLoad
 from workers.engine.engine import Engine
 from workers.engine.owed import OwedAnswers, engine_lost
@@ -30,7 +30,7 @@ class ThreadEngineClient:
     """An `EngineClient`. Takes the engine over: nobody else may step it from now on.
 
     Args:
-        tiers: asked for what `EngineLoad.host` and `.disk` tell; without it they stay empty.
+        tiers: asked for what `EngineLoad` tells of host, disk and registry; without it that stays empty.
     """
 
     def __init__(
@@ -49,11 +49,10 @@ class ThreadEngineClient:
         self._has_news = False
         self._is_stopping = False
         self._step_began_s: float | None = None
-        self._on_step: Callable[[StepOutputs], None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self, on_step: Callable[[StepOutputs], None]) -> None:
-        self._on_step = on_step
+        self._owed.deliver_to(on_step)
         self._engine.loader.notify(self._wake)
         self._thread.start()
 
@@ -82,6 +81,9 @@ class ThreadEngineClient:
         near: Sequence[AdapterVersion] = (),
         retired: frozenset[AdapterVersion] = frozenset(),
     ) -> None:
+        if self._tiers is not None and near:
+            host, disk = self._tiers.host_versions(), self._tiers.disk_versions()
+            near = [version for version in near if version not in host and version not in disk]
         with self._changed:
             self._order(lambda: self._engine.prefetch(wanted, pinned, near, retired))
 
@@ -93,6 +95,7 @@ class ThreadEngineClient:
             load,
             host=tuple(self._tiers.host_versions()),
             disk=tuple(self._tiers.disk_versions()),
+            is_registry_up=self._tiers.is_registry_up(),
         )
 
     @property
@@ -134,14 +137,13 @@ class ThreadEngineClient:
                 outputs = self._engine.step()
                 self._step_began_s = None
                 is_idle = outputs.num_tokens == 0
-                self._hand_out(outputs)
-            self._hand_out(self._engine.end_all(engine_lost()))
+                self._owed.hand_out(outputs)
+            self._owed.hand_out(self._engine.end_all(engine_lost()))
         except Exception:
             _log.exception("the engine's thread ends")
             with self._changed:
                 self._is_stopping = True
-                last_words = self._owed.end_all()
-            self._hand_out(last_words)
+            self._owed.end_all()
 
     def _wait(self, is_idle: bool) -> bool:
         """Wait until there may be something to do, carry out the orders; False when it is time to end."""
@@ -154,14 +156,3 @@ class ThreadEngineClient:
         for order in orders:
             order()
         return not is_stopping
-
-    def _hand_out(self, outputs: StepOutputs) -> None:
-        if not outputs.outputs or self._on_step is None:
-            return
-        with self._changed:
-            self._owed.settle(outputs)
-        try:
-            self._on_step(outputs)
-        except Exception:
-            # A receiver's error is not the engine's: other requests go on.
-            _log.exception("handing out a step's outputs failed")

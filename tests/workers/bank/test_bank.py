@@ -297,14 +297,18 @@ def test_what_a_step_waits_for_the_books_is_told() -> None:
     assert bank.counters.wait_s == 0.0
     is_waiting = threading.Event()
 
-    def step() -> None:
+    def step(*, is_the_engines: bool) -> None:
+        if is_the_engines:
+            bank.waits.step_here()
         is_waiting.set()
-        bank.release(version(0))
+        bank.find(version(0))
 
-    waiting = threading.Thread(target=step)
-    with bank._lock:
-        waiting.start()
-        assert is_waiting.wait(60)
-        time.sleep(0.05)
-    waiting.join()
-    assert bank.counters.wait_s > 0.0
+    for is_the_engines in (False, True):
+        is_waiting.clear()
+        waiting = threading.Thread(target=step, kwargs={"is_the_engines": is_the_engines})
+        with bank._lock:
+            waiting.start()
+            assert is_waiting.wait(60)
+            time.sleep(0.05)
+        waiting.join()
+        assert (bank.counters.wait_s > 0.0) == is_the_engines

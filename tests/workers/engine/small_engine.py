@@ -13,6 +13,7 @@ import torch
 
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterSet, AdapterVersion
+from storage.load_stages import Stage
 from tests.workers.row_form.mixed_layers import random_rows
 from workers.config import EngineSettings
 from workers.engine.building import build_engine
@@ -29,16 +30,20 @@ def version(number: int) -> AdapterVersion:
 class Fetched:
     rows: AdapterRows
     tier: str = "host"
+    stage_s: Mapping[Stage, float] = field(default_factory=dict)
 
 
 class Shelf:
-    """A source of adapters: rows, or an error to raise, by version. Counts what is fetched."""
+    """A source of adapters: rows, or an error to raise, by version; all of them are far. Counts what is fetched."""
 
     def __init__(self, adapters: Mapping[AdapterVersion, AdapterRows | Exception]) -> None:
         self.adapters = dict(adapters)
         self.fetched: list[AdapterVersion] = []
 
-    def __call__(self, wanted: AdapterVersion) -> Fetched:
+    def find_near(self, wanted: AdapterVersion) -> None:
+        return None
+
+    def get(self, wanted: AdapterVersion) -> Fetched:
         self.fetched.append(wanted)
         found = self.adapters[wanted]
         if isinstance(found, Exception):

@@ -175,9 +175,9 @@ def test_a_cold_adapter_never_stops_those_behind_it(tiny_llama_dir: Path, shapes
     rows = random_adapter(shapes, "flora", 1, seed=1)
 
     class Slow(Shelf):
-        def __call__(self, wanted: AdapterVersion) -> Fetched:
+        def get(self, wanted: AdapterVersion) -> Fetched:
             assert may_go_on.wait(60)
-            return super().__call__(wanted)
+            return super().get(wanted)
 
     engine = small_engine(tiny_llama_dir, Slow({version(1): rows}), max_sequences=1)
     engine.submit(greedy("cold", prompt(0, 4), version(1)))

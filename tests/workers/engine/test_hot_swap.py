@@ -70,10 +70,10 @@ def test_steps_go_on_while_an_adapter_loads_and_wait_for_nothing(tiny_llama_dir:
     is_fetching, may_end = threading.Event(), threading.Event()
 
     class Slow(Shelf):
-        def __call__(self, wanted: AdapterVersion) -> Fetched:
+        def get(self, wanted: AdapterVersion) -> Fetched:
             is_fetching.set()
             assert may_end.wait(60)
-            return super().__call__(wanted)
+            return super().get(wanted)
 
     rows = random_adapter(projections(tiny_llama_dir), "flora", 1, seed=1)
     engine = small_engine(tiny_llama_dir, Slow({OLD: rows}))

@@ -37,6 +37,9 @@ class Tiers:
         self.adapters = {version(i): random_adapter(shapes, "flora", i, seed=i) for i in (1, 2, 3)}
         self._host: set[AdapterVersion] = set()
 
+    def find_near(self, wanted: AdapterVersion) -> Fetched | None:
+        return self.get(wanted) if wanted in self._host else None
+
     def get(self, wanted: AdapterVersion) -> Fetched:
         if wanted == REFUSED:
             raise AdapterRefusedError("a tensor is too long", param="q_proj")
@@ -48,6 +51,9 @@ class Tiers:
 
     def disk_versions(self) -> frozenset[AdapterVersion]:
         return frozenset({version(1), version(2), version(3)})
+
+    def is_registry_up(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
