@@ -86,7 +86,7 @@ def test_a_step_that_never_ends_does_not_keep_stop_from_ending(
     Faults(tmp_path).begin("stuck")
     client.submit(greedy("r", prompt(0, 4)))
     client.stop()
-    assert inbox.wait_for_ends("r")["r"].reason is FinishReason.ABORT
+    assert inbox.wait_for_ends("r")["r"].reason is FinishReason.ERROR
     assert not psutil.pid_exists(client.pid)
 
 
