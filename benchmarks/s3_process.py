@@ -33,10 +33,6 @@ class S3Process:
         times = psutil.Process(self.pid).cpu_times()
         return float(times.user + times.system)
 
-    def yield_to_others(self) -> None:
-        """Run at the lowest priority from now on: in a cluster it would be another machine's work."""
-        os.setpriority(os.PRIO_PROCESS, self.pid, 19)
-
 
 @contextmanager
 def s3_process() -> Iterator[S3Process]:

@@ -369,7 +369,6 @@ def main() -> None:
         cluster = start_cluster(num_cpus=logical_cpus(settings), variables=CREDENTIALS)
         try:
             url = deploy_on(cluster, settings, report=print)
-            s3.yield_to_others()
             rows = asyncio.run(measure(url, names, plan, arguments.rounds, s3))
         finally:
             cluster.stop()
