@@ -12,6 +12,9 @@ SHARDS = "index/adapters/"
 INDEX_IS_WHOLE = "index/whole.json"
 COMPARED = "index/compared.json"
 QUARANTINE = "quarantine/"
+SWEEP = "collection/sweep.json"
+BLOBS = "blobs/sha256/"
+PROBES = "probes/"
 ADAPTERS = "adapters/"
 
 _ADAPTER = f"adapters/(?P<tenant>{NAME_PATTERN})/(?P<name>{NAME_PATTERN})"
@@ -24,7 +27,8 @@ _ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{NAME_PATTERN})\.json")
 
 
 def blob(sha256: str) -> str:
-    return f"blobs/sha256/{sha256}"
+    """Blobs belong to adapter versions alone: what no version names is garbage."""
+    return f"{BLOBS}{sha256}"
 
 
 def tenant_folder(tenant: str | None) -> str:

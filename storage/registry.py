@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 
 from storage import layout
@@ -28,6 +29,7 @@ from storage.errors import (
     AmbiguousModelError,
     FloraError,
     InvalidRequestError,
+    OverloadedError,
     UnknownModelError,
 )
 from storage.generation import bump_generation, read_generation
@@ -61,6 +63,9 @@ from storage.manifest import (
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
 from storage.ranged_reads import read_object
 from storage.records import decode, encode, read, swap
+from storage.sweep import was_swept
+
+_ATTEMPTS = 5
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +79,18 @@ class Registry:
     Args:
         store: where everything is kept.
         clock: seconds since the epoch; stamps moves and deletes.
+        sleep: how to wait for a garbage collection that is taking away what is being published.
     """
 
-    def __init__(self, store: ObjectStore, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._sleep = sleep
         self._index = IndexReader(store, clock)
 
     # -- publishing ------------------------------------------------------------------------------
@@ -101,27 +113,25 @@ class Registry:
         Raises:
             ValueError: `content.files` does not describe `files`.
             InvalidRequestError: `alias` is not a valid name.
-            OverloadedError: others moved the alias faster than this call could; the version is published.
+            OverloadedError: others moved the alias faster than this call could, and the version is published; or a
+                garbage collection is in the way.
         """
         if content.files != {path: _entry(data) for path, data in files.items()}:
             raise ValueError("the manifest's content does not describe the files")
         if alias is not None:
             checked_name(alias, param="alias")
+        manifest = Manifest(content=content, provenance=provenance, pages=pages)
+        for _ in range(_ATTEMPTS):
+            # Twice: a publisher that is killed after its commit must not leave a version without its files.
+            blobs = self._write_blobs(files, content)
+            if self._was_swept(blobs):
+                continue
+            manifest_key = self._commit(name, manifest)
+            if not self._was_swept((*blobs, manifest_key)):
+                break
+        else:
+            raise OverloadedError("garbage collection is at work on these files; try again")
         version = content.version
-        # Blobs are written even if they exist: their new time keeps garbage collection away from them.
-        for data in files.values():
-            self._store.put(layout.blob(sha256_hex(data)), data)
-        self._store.put(layout.blob(version), canonical_json(content.model_dump(mode="json")))
-        try:
-            self._store.put_if_absent(
-                layout.manifest(name, version),
-                encode(Manifest(content=content, provenance=provenance, pages=pages)),
-            )
-        except PreconditionFailedError:
-            read_manifest(self._store, name, version)
-        self._revive(name, version)
-        if self._store.exists(layout.quarantine(version)):
-            self._store.delete(layout.quarantine(version))
         if alias is not None:
             self._move(name, alias, version)
         self._announce(name)
@@ -426,6 +436,31 @@ class Registry:
         return 0 if found is None else found.copies
 
     # -- steps -----------------------------------------------------------------------------------
+
+    def _write_blobs(self, files: Mapping[str, bytes], content: ManifestContent) -> tuple[str, ...]:
+        blobs = {layout.blob(sha256_hex(data)): data for data in files.values()}
+        blobs[layout.blob(content.version)] = canonical_json(content.model_dump(mode="json"))
+        # Blobs are written even if they exist: their new time keeps garbage collection away from them.
+        for key, data in blobs.items():
+            self._store.put(key, data)
+        return tuple(blobs)
+
+    def _commit(self, name: AdapterName, manifest: Manifest) -> str:
+        """Let the version exist and be good; returns its manifest's key."""
+        version = manifest.version
+        key = layout.manifest(name, version)
+        try:
+            self._store.put_if_absent(key, encode(manifest))
+        except PreconditionFailedError:
+            with suppress(UnknownModelError):  # collected since: `_was_swept` tells
+                read_manifest(self._store, name, version)
+        self._revive(name, version)
+        if self._store.exists(layout.quarantine(version)):
+            self._store.delete(layout.quarantine(version))
+        return key
+
+    def _was_swept(self, keys: Collection[str]) -> bool:
+        return was_swept(self._store, keys, self._clock, self._sleep)
 
     def _intact(self, name: AdapterName, versions: Sequence[AdapterVersion]) -> AdapterVersion:
         found = newest_good(versions, self._is_intact)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from storage import layout
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError, StoreUnavailableError
 from storage.local_store import LocalObjectStore
@@ -34,7 +35,7 @@ def check_conditional_writes(store: ObjectStore) -> None:
     Raises:
         StoreUnavailableError: the store cannot be used, and the message says why.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    key = f"{layout.PROBES}{uuid.uuid4().hex}"
     first = store.put_if_absent(key, b"1")
     try:
         _must_lose(lambda: store.put_if_absent(key, b"2"), "If-None-Match")

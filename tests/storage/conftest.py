@@ -51,3 +51,9 @@ def store(settings: StorageSettings) -> ObjectStore:
 @pytest.fixture
 def registry(store: ObjectStore) -> Registry:
     return Registry(store)
+
+
+@pytest.fixture
+def undurable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a power cut needs what `fsync` does; without it, tests of thousands of writes take seconds."""
+    monkeypatch.setattr("os.fsync", lambda _: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from storage.object_store import ObjectInfo, ObjectStore, StoredObject
 
@@ -47,3 +47,19 @@ class PassingStore:
     def delete(self, key: str) -> None:
         self.before(is_write=True)
         self.store.delete(key)
+
+
+class InterruptingStore(PassingStore):
+    """Lets something else happen, from beginning to end, just before one operation of its caller."""
+
+    def __init__(self, store: ObjectStore, at: int, happen: Callable[[], object]) -> None:
+        super().__init__(store)
+        self._operations_left = at
+        self._happen = happen
+        self.has_happened = False
+
+    def before(self, *, is_write: bool) -> None:
+        if self._operations_left == 0:
+            self.has_happened = True
+            self._happen()
+        self._operations_left -= 1

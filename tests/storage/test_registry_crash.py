@@ -11,13 +11,12 @@ import pytest
 
 from storage.config import StorageSettings
 from storage.errors import UnknownModelError
-from storage.identity import AdapterVersion
 from storage.registry import Registry
 from storage.stores import open_store
-from tests.storage.versions import NAME, content_of, files_of, publish, version_of
+from tests.storage.versions import NAME, assert_whole, content_of, files_of, publish, version_of
 
 _REPOSITORY = Path(__file__).parents[2]
-_WRITES = ["config", "tensors", "content", "manifest", "alias", "index"]
+_WRITES = ["config", "tensors", "content", "manifest", "alias", "index", "generation"]
 
 
 def _registries(settings: StorageSettings) -> list[StorageSettings]:
@@ -39,14 +38,6 @@ def _publish_dying(text: str, registries: list[StorageSettings]) -> list[int]:
         timeout=120,
     ).stdout
     return [int(line) for line in output.split()]
-
-
-def _assert_whole(registry: Registry, version: AdapterVersion) -> None:
-    """Whatever the registry names can be read to the last byte."""
-    content = registry.content(version)
-    for entry in content.files.values():
-        registry.read_file(entry)
-    assert registry.manifest(NAME, version).content == content
 
 
 @pytest.mark.parametrize(
@@ -72,7 +63,7 @@ def test_publish_survives_a_kill_before_every_write(
         versions = {manifest.version for manifest in registry.versions(NAME)}
         assert versions == {*([] if is_first else [old]), *([new] if is_committed else [])}
         for version in versions:
-            _assert_whole(registry, version)
+            assert_whole(registry, NAME, version)
         if is_moved:
             assert registry.resolve(NAME) == new
         elif is_first:
@@ -86,7 +77,7 @@ def test_publish_survives_a_kill_before_every_write(
         assert registry.resolve(NAME) == new
         assert registry.generation() > before
         assert registry.aliases(NAME)["latest"].generation == (1 if is_first else 2)
-        _assert_whole(registry, new)
+        assert_whole(registry, NAME, new)
 
 
 def test_a_half_written_file_is_repaired_by_the_retry(settings: StorageSettings) -> None:
@@ -95,4 +86,4 @@ def test_a_half_written_file_is_repaired_by_the_retry(settings: StorageSettings)
     registry = Registry(store)
     content = content_of(files_of("new"))
     store.put(f"blobs/sha256/{content.files['adapter_model.safetensors'].sha256}", b"ne")
-    _assert_whole(registry, publish(registry, "new"))
+    assert_whole(registry, NAME, publish(registry, "new"))

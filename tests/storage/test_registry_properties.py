@@ -16,6 +16,8 @@ from storage.local_store import LocalObjectStore
 from storage.registry import Registry
 from tests.storage.versions import publish, version_of
 
+pytestmark = pytest.mark.usefixtures("undurable")
+
 _NAMES = st.sampled_from([AdapterName("a", "x"), AdapterName("a", "x-1"), AdapterName("b", "x")])
 _TEXTS = st.sampled_from(["one", "two", "three"])
 _ALIASES = st.sampled_from(["latest", "prod"])

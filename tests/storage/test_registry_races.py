@@ -15,11 +15,12 @@ import pytest
 
 from storage.config import StorageSettings
 from storage.errors import UnknownModelError
-from storage.object_store import ObjectStore
 from storage.registry import Registry
 from storage.stores import open_store
-from tests.storage.passing_store import PassingStore
+from tests.storage.passing_store import InterruptingStore
 from tests.storage.versions import NAME, publish, version_of
+
+pytestmark = pytest.mark.usefixtures("undurable")
 
 _REPOSITORY = Path(__file__).parents[2]
 
@@ -53,7 +54,6 @@ import sys
 from storage.config import StorageSettings
 from storage.registry import Registry
 from storage.stores import open_store
-from tests.storage.passing_store import PassingStore
 from tests.storage.versions import publish
 
 registry = Registry(open_store(StorageSettings.model_validate_json(sys.argv[1])))
@@ -109,22 +109,6 @@ def test_whoever_publishes_the_same_content_at_once_gets_the_same_version(
     assert registry.aliases(NAME)["latest"].generation == 1
 
 
-class _Interrupting(PassingStore):
-    """Lets something else happen, from beginning to end, just before one operation of its caller."""
-
-    def __init__(self, store: ObjectStore, at: int, happen: Callable[[], object]) -> None:
-        super().__init__(store)
-        self._operations_left = at
-        self._happen = happen
-        self.has_happened = False
-
-    def before(self, *, is_write: bool) -> None:
-        if self._operations_left == 0:
-            self.has_happened = True
-            self._happen()
-        self._operations_left -= 1
-
-
 _Action = Callable[[Registry], object]
 
 
@@ -134,7 +118,7 @@ def _interleaved(folder: Path, outer: _Action, inner: _Action) -> Iterator[Regis
         store = open_store(StorageSettings(registry=str(folder / str(at))))
         registry = Registry(store)
         publish(registry, "old")
-        interrupting = _Interrupting(store, at, lambda there=registry: inner(there))
+        interrupting = InterruptingStore(store, at, lambda there=registry: inner(there))
         outer(Registry(interrupting))
         if not interrupting.has_happened:
             assert at > 5, "nothing was interrupted: this test proved nothing"

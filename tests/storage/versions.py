@@ -46,3 +46,11 @@ def publish(
         provenance=Provenance(created_s=created_s),
         alias=alias,
     )
+
+
+def assert_whole(registry: Registry, name: AdapterName, version: AdapterVersion) -> None:
+    """Whatever the registry names can be read to the last byte."""
+    content = registry.content(version)
+    for entry in content.files.values():
+        registry.read_file(entry)
+    assert registry.manifest(name, version).content == content
