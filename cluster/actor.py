@@ -10,8 +10,9 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -22,15 +23,16 @@ from cluster.figures import ClusterFigures
 from cluster.manager import PlacementManager
 from cluster.published import Published, PublishedReader
 from cluster.state import ClusterState
-from cluster.table import DemandSample, ReplicaOrders, ReplicaReport, TableUpdate
+from cluster.table import ReaderReport, ReplicaOrders, ReplicaReport, TableUpdate
 from storage.config import StorageSettings
-from storage.errors import FloraError
-from storage.identity import AdapterVersion
+from storage.errors import FloraError, UnknownModelError
 from storage.registry import Registry
 from storage.stores import open_store
 
 NAMESPACE = "flora"
 IDLE_EXIT_S = 300.0
+PLAN_PAUSE_S = 0.05
+"""Between two plans, however much happens; those who call must have the processor too."""
 _CALLS_AT_ONCE = 64
 _DIGEST_LENGTH = 12
 
@@ -59,7 +61,9 @@ def _prefix(app_name: str) -> str:
 
 
 class PlacementActor:
-    """Every method may be called from any thread and returns in milliseconds: the registry is read elsewhere."""
+    """Every method may be called from any thread and returns in milliseconds: the registry is read, and plans are made,
+    on threads of their own that hold no lock meanwhile.
+    """
 
     def __init__(self, spec: PlacementSpec) -> None:
         self._spec = spec
@@ -73,59 +77,68 @@ class PlacementActor:
         )
         self._figures = ClusterFigures()
         self._lock = threading.Lock()
-        self._changed = threading.Event()
+        self._news = threading.Event()  # for the thread that reads the registry
+        self._due = threading.Event()  # for the thread that plans
         self._called_s = time.monotonic()
         self._registry_error: str | None = "not read yet"
-        for work in (self._follow_registry, self._tick):
+        for work in (self._follow_registry, self._plan):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
-    def heartbeat(self, report: ReplicaReport) -> ReplicaOrders:
-        with self._lock:
-            self._called_s = time.monotonic()
+    def heartbeat(self, report: ReplicaReport) -> ReplicaOrders | None:
+        """As `PlacementManager.heartbeat`."""
+        with self._calling() as manager:
             self._figures.heard(report)
-            return self._manager.heartbeat(report)
+            return manager.heartbeat(report)
 
-    def poll(
-        self,
-        known_epoch: int,
-        demand: Mapping[AdapterVersion, DemandSample],
-        lost: frozenset[str] = frozenset(),
-    ) -> TableUpdate:
-        """`lost`: replicas the caller found dead since its last poll."""
-        with self._lock:
-            self._called_s = time.monotonic()
-            self._manager.observe(demand)
-            self._manager.lose(lost)
-            return self._manager.poll(known_epoch)
+    def poll(self, reader: ReaderReport) -> TableUpdate:
+        """As `PlacementManager.poll`."""
+        with self._calling() as manager:
+            return manager.poll(reader)
 
     def leave(self, replica_ids: Collection[str]) -> None:
-        with self._lock:
-            self._manager.leave(replica_ids)
+        """As `PlacementManager.leave`."""
+        with self._calling() as manager:
+            manager.leave(replica_ids)
+
+    def prepare_to_shrink(self) -> bool:
+        """Have second copies made of all that is wanted, for some seconds from now. True once they are all there."""
+        with self._calling() as manager:
+            manager.prepare_to_shrink()
+            return manager.is_ready_to_shrink
 
     def nudge(self) -> None:
         """Something was published: read the registry now instead of at the next poll."""
-        self._changed.set()
+        self._news.set()
 
     def state(self) -> ClusterState:
         """Everything, for people to look at."""
-        with self._lock:
-            self._called_s = time.monotonic()
-            self._figures.planned(self._manager.placement.holders)
-            return ClusterState(
-                table=self._manager.poll(-1).table or self._manager.table(),
-                reports=self._manager.reports(),
-                too_large=self._manager.placement.too_large,
-                no_room=self._manager.placement.no_room,
-                registry_error=self._registry_error,
-                figures=self._figures.read(),
+        with self._calling() as manager:
+            self._figures.planned(manager.placement.holders)
+            return replace(
+                manager.state(), registry_error=self._registry_error, figures=self._figures.read()
             )
 
+    @contextmanager
+    def _calling(self) -> Iterator[PlacementManager]:
+        """The manager for somebody who calls, who may have told it what makes a new plan due."""
+        with self._lock:
+            self._called_s = time.monotonic()
+            yield self._manager
+            self._notice()
+
+    def _notice(self) -> None:
+        if self._manager.wants_tick:
+            self._due.set()
+
     def _follow_registry(self) -> None:
+        registry: Registry | None = None
         reader: PublishedReader | None = None
         last: Published | None = None
         while True:
             try:
-                reader = reader or PublishedReader(Registry(open_store(self._spec.storage)))
+                registry = registry or Registry(open_store(self._spec.storage))
+                reader = reader or PublishedReader(registry)
+                self._examine(registry)
                 published = reader.read()
             except FloraError as error:
                 self._registry_error = error.message
@@ -137,22 +150,52 @@ class PlacementActor:
             else:
                 self._registry_error = None
                 if published is not last:
-                    with self._lock:
-                        self._manager.set_registry(published.desired, published.facts)
+                    self._take(published)
                     last = published
-            self._changed.wait(self._settings.registry_poll_s)
-            self._changed.clear()
+            self._news.wait(self._settings.registry_poll_s)
+            self._news.clear()
 
-    def _tick(self) -> None:
+    def _examine(self, registry: Registry) -> None:
+        """Read again what replicas called corrupt: quarantine it for everybody, or hold it against them alone."""
+        with self._lock:
+            suspects = self._manager.suspects()
+        for suspect in suspects:
+            _log.error("version %s was called corrupt: %s", suspect.version, suspect.message)
+            try:
+                is_bad = registry.quarantine(suspect.version, suspect.message)
+            except UnknownModelError:  # deleted since
+                continue
+            if not is_bad:
+                with self._lock:
+                    self._manager.acquit(suspect.version)
+
+    def _take(self, published: Published) -> None:
+        # Made of tens of thousands of entries: not while everybody waits.
+        aliases, facts = published.aliases, published.facts
+        history, pins = published.history, published.pins
+        with self._lock:
+            self._manager.set_registry(
+                aliases, facts, history=history, quarantined=published.quarantined, pins=pins
+            )
+            self._notice()
+
+    def _plan(self) -> None:
         while True:
-            time.sleep(self._settings.tick_s)
+            self._due.wait(self._settings.tick_s)
+            self._due.clear()
             with self._lock:
-                self._manager.tick()
-                self._figures.planned(self._manager.placement.holders)
+                inputs = self._manager.begin_tick()
                 idle_s = time.monotonic() - self._called_s
+            if inputs is not None:
+                result = self._manager.plan(inputs)
+                with self._lock:
+                    self._manager.end_tick(result)
+                    self._figures.planned(result.placement.holders)
+                    self._notice()
             if idle_s > IDLE_EXIT_S:
                 _log.info("no replica or router has called for %.0f s; this manager ends", idle_s)
                 ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+            time.sleep(PLAN_PAUSE_S)
 
 
 def connect(spec: PlacementSpec) -> Any:

@@ -1,38 +1,74 @@
 """The placement manager: what the cluster should look like, from what replicas, routers and the registry report.
 
-Pure: no Ray, no threads, no I/O; time comes from the clock passed in. `cluster/actor.py` runs it. A manager that dies
-is rebuilt from the registry and from the replicas' next heartbeats.
+Pure: no Ray, no threads, no I/O; time comes from the clock passed in. `cluster/actor.py` runs it. It puts together who
+lives (`LiveReplicas`), which versions can be served (`VersionHealth`), what each alias serves (`ServingVersions`) and
+who holds what (`PlacementPlanner`), and tells replicas and readers what came of it.
+
+A manager that dies is rebuilt from the registry, the replicas' next heartbeats, and the tables readers go on with:
+until all of them had time to call, it answers nobody and moves nothing, so no alias goes back a version on half
+knowledge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 from cluster.config import ClusterSettings
+from cluster.live_replicas import LiveReplicas
 from cluster.placement import Placement, ReplicaSpace
 from cluster.planner import PlacementPlanner, Reservation
+from cluster.serving import Flip, ServingVersions
+from cluster.spares import missing_copies
+from cluster.state import AliasMove, ClusterState
 from cluster.table import (
     AdapterFacts,
     AliasKey,
     DemandSample,
     PlacementTable,
-    ReplicaLoad,
+    ReaderReport,
     ReplicaOrders,
     ReplicaReport,
     TableUpdate,
 )
+from cluster.table_log import TableLog
+from cluster.version_health import VersionHealth
+from storage.errors import FailedVersion
 from storage.identity import AdapterVersion
+
+WARM_WITHIN_S = 30.0
+"""A successor that one replica has on its device serves after this long, though other holders still load it."""
+SHRINK_LEASE_S = 10.0
+"""How long second copies are kept after the last word that a replica may have to go."""
+_NOTHING: Mapping[AliasKey, tuple[AdapterVersion, ...]] = MappingProxyType({})
+_NO_REASONS: Mapping[AdapterVersion, str] = MappingProxyType({})
+_NO_PINS: Mapping[AliasKey, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    report: ReplicaReport
-    at_s: float
+class TickInputs:
+    """All that a plan is made from: a copy, so planning needs no lock."""
+
+    spaces: tuple[ReplicaSpace, ...]
+    facts: Mapping[AdapterVersion, AdapterFacts]
+    reserved: tuple[Reservation, ...]
+    demand: tuple[Mapping[AdapterVersion, DemandSample], ...]
+    inherited: tuple[tuple[Flip, float], ...]  # with the ratio of work per token
+    kept: Mapping[str, frozenset[AdapterVersion]] | None
+    """What each replica has on any tier; None when no replica is about to leave."""
+    bad: Mapping[AdapterVersion, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TickResult:
+    placement: Placement
+    near: Mapping[str, tuple[AdapterVersion, ...]] | None
+    """Second copies still to be made, by replica; None when no replica is about to leave."""
 
 
 class PlacementManager:
-    """Holds the placement table. Not thread-safe: one caller at a time.
+    """Holds the placement table. Not thread-safe: one caller at a time, except for `plan`.
 
     Args:
         settings: periods, bounds and shares.
@@ -50,216 +86,399 @@ class PlacementManager:
     ) -> None:
         self._settings = settings
         self._clock = clock
+        silence_s = settings.heartbeat_s * settings.missed_heartbeats
+        self._settles_at_s = clock() + silence_s  # whoever is alive has called by then
+        self._is_settled = False
+        self._replicas = LiveReplicas(silence_s, clock)
+        self._health = VersionHealth()
+        self._serving = ServingVersions(clock)
         self._planner = PlacementPlanner(settings, clock)
-        self._replicas: dict[str, _Seen] = {}
-        self._leaving: frozenset[str] = frozenset()
+        self._plan: Placement | None = None
+        self._log = TableLog(base_id, first_epoch)
+        self._published = self._serving.serving
+
+        self._has_registry = False
         self._desired: Mapping[AliasKey, AdapterVersion] = {}
+        self._history = _NOTHING
         self._facts: Mapping[AdapterVersion, AdapterFacts] = {}
-        self._serving: dict[AliasKey, AdapterVersion] = {}
-        self._table = PlacementTable(epoch=first_epoch, base_id=base_id)
+        self._pins = _NO_PINS
+        self._largest: dict[int, int] = {}  # rows of a bank → rows of the largest adapter it holds
+        self._bad: Mapping[AdapterVersion, str] = {}
+        self._recalled: PlacementTable | None = None
+        self._has_old_readers = False
 
-    # -- what the world reports ------------------------------------------------------------------
+        self._demand: list[Mapping[AdapterVersion, DemandSample]] = []
+        self._inherited: list[tuple[Flip, float]] = []
+        self._shrinks_until_s = clock()
+        self._near: Mapping[str, tuple[AdapterVersion, ...]] | None = None
+        self.wants_tick = False
+        """Something happened that the plan should follow at once."""
 
-    def heartbeat(self, report: ReplicaReport) -> ReplicaOrders:
-        """Take one replica's report; answer what it should hold. A new replica gets its part of the plan at once.
+    # What the world reports.
 
-        One that is leaving is to hold nothing more than its requests need.
-        """
-        if report.replica_id in self._leaving:
-            return ReplicaOrders(self._table.epoch)
-        before = self._replicas.get(report.replica_id)
-        self._replicas[report.replica_id] = _Seen(report, self._clock())
-        if before is None or before.report.rows != report.rows:
-            self.tick()
-        return self._orders(report.replica_id)
+    def heartbeat(self, report: ReplicaReport) -> ReplicaOrders | None:
+        """Take one replica's report; answer what it should hold. None while nobody knows: it goes on as it was."""
+        replica_id = report.replica_id
+        is_new = replica_id not in self._replicas
+        if not self._replicas.hear(report):
+            return ReplicaOrders(
+                self._log.epoch
+            )  # the routers have lost it: nothing will be asked of it
+        self._health.report(replica_id, report.failed, self._replicas[replica_id].device)
+        self._settle()
+        if not self._is_settled:
+            return None
+        self.wants_tick |= is_new
+        self._follow()
+        return self._orders(replica_id)
 
-    def leave(self, replica_ids: Collection[str]) -> None:
-        """Take all that are leaving now, in place of those named before: they finish their requests and get no more.
+    def poll(self, reader: ReaderReport) -> TableUpdate:
+        """Take one reader's report of what it was asked for and saw; answer what has changed since its last one."""
+        self.observe(reader.demand)
+        self._bury(self._replicas.lose(reader.lost))
+        self._bury(self._replicas.expire())
+        if not self._is_settled:
+            self._has_old_readers |= reader.epoch > 0
+            tables = [table for table in (self._recalled, reader.table) if table is not None]
+            self._recalled = max(tables, key=lambda table: table.epoch, default=None)
+            self._settle()
+        if not self._is_settled:
+            return TableUpdate(asks_table=reader.epoch > 0 and reader.table is None)
+        return self._log.update(reader, self._replicas)
+
+    def leave(self, replica_ids: Iterable[str]) -> None:
+        """Take all replicas that are leaving now, in place of those named before: they finish their requests and get
+        no more.
 
         They are nobody's home from this moment on. One that is no longer named is a replica like any other.
         """
-        self._leaving = frozenset(replica_ids)
-        gone = self._leaving & self._replicas.keys()
-        for replica_id in gone:
-            del self._replicas[replica_id]
-        if gone:
-            self.tick()
+        self._bury(self._replicas.leave(replica_ids))
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
         """Take one router's report of what it was asked for since its last one."""
-        self._planner.observe(demand)
-
-    def lose(self, replica_ids: Collection[str]) -> None:
-        """Take a router's word that these are dead. One that is not comes back with its next heartbeat."""
-        known = self._replicas.keys() & replica_ids
-        for replica_id in known:
-            del self._replicas[replica_id]
-        if known:
-            self.tick()
+        owned: dict[AdapterVersion, DemandSample] = {}
+        for version, sample in demand.items():
+            owner = version if self._serving.revive(version) else self._serving.heir(version)
+            if owner is not None:
+                before = owned.get(owner, DemandSample(0, 0.0))
+                owned[owner] = DemandSample(
+                    before.requests + sample.requests, before.work + sample.work
+                )
+        if owned:
+            self._demand.append(owned)
 
     def set_registry(
         self,
         desired: Mapping[AliasKey, AdapterVersion],
         facts: Mapping[AdapterVersion, AdapterFacts],
-    ) -> PlacementTable:
-        """Take the registry's word: where each alias should point, and the size of every version named there.
+        *,
+        history: Mapping[AliasKey, tuple[AdapterVersion, ...]] = _NOTHING,
+        quarantined: Mapping[AdapterVersion, str] = _NO_REASONS,
+        pins: Mapping[AliasKey, int] = _NO_PINS,
+    ) -> None:
+        """Take the registry's word.
 
-        A new alias serves at once, a deleted one no longer; a moved one after its new version is warm (see `tick`).
+        A new alias serves at once, a deleted one no longer, a moved one when its new version is warm.
+
+        Args:
+            desired: where each alias should point.
+            facts: the size of every version that can be read.
+            history: what each alias meant before, newest first.
+            quarantined: versions that must not be served, and why.
+            pins: on how many replicas what an alias serves is to be held, whoever asks for it.
         """
-        self._desired = dict(desired)
-        self._facts = dict(facts)
-        return self.tick()
+        self._has_registry = True
+        self._desired, self._history = dict(desired), history
+        self._facts, self._pins = dict(facts), pins
+        self._largest = {}
+        self._health.set_quarantined(quarantined)
+        self._settle()
+        if self._is_settled:
+            self._follow(is_aimed=False)
+            self.wants_tick = True
 
-    # -- what the world may ask ------------------------------------------------------------------
+    def acquit(self, version: AdapterVersion) -> None:
+        """Somebody read the version in the registry after a replica called it corrupt, and it is whole."""
+        self._health.acquit(version)
 
-    def tick(self) -> PlacementTable:
-        """Recompute the plan. The table returned has a new epoch only if something in it changed."""
-        self.expire()
-        self._follow_registry()
-        self._plan()
-        if self._promote_warm():
-            # Who served until now is wanted no more, and its successor has its demand.
-            self._plan()
-        return self._publish()
+    def prepare_to_shrink(self) -> None:
+        """A replica may have to go: for some seconds from now, have a second copy of all that is wanted made."""
+        now_s = self._clock()
+        if now_s >= self._shrinks_until_s:
+            self.wants_tick = True
+        self._shrinks_until_s = now_s + max(SHRINK_LEASE_S, 3 * self._settings.tick_s)
 
-    def expire(self) -> bool:
-        """Forget replicas that missed their heartbeats. True if there were any."""
-        silence_s = self._settings.heartbeat_s * self._settings.missed_heartbeats
-        deadline_s = self._clock() - silence_s
-        dead = [r for r, seen in self._replicas.items() if seen.at_s < deadline_s]
-        for replica_id in dead:
-            del self._replicas[replica_id]
-        return bool(dead)
+    # What the world may ask.
 
-    def poll(self, known_epoch: int) -> TableUpdate:
-        """What a reader that has `known_epoch` still needs. Dead replicas are gone from the answer."""
-        if self.expire():
-            self.tick()
-        if known_epoch > self._table.epoch:  # a predecessor on a faster clock got further
-            self._table = replace(self._table, epoch=known_epoch + 1)
-        table = self.table()
-        is_current = known_epoch == table.epoch
-        return TableUpdate(
-            table.epoch, None if is_current else table, table.replicas, table.residents
-        )
+    @property
+    def is_ready_to_shrink(self) -> bool:
+        """Since it was asked for, everything wanted was seen on two replicas, whatever tier it is on."""
+        is_asked = self._clock() < self._shrinks_until_s
+        return is_asked and self._near == {} and len(self._replicas) > 1
+
+    def suspects(self) -> tuple[FailedVersion, ...]:
+        """Versions that replicas called corrupt and that nobody has read again since: quarantine or `acquit` them."""
+        return self._health.suspects()
 
     def table(self) -> PlacementTable:
-        """The table of the present epoch, with work and residents as last reported."""
-        residents: dict[AdapterVersion, tuple[str, ...]] = {}
-        for replica_id, seen in sorted(self._replicas.items()):
-            for version in seen.report.device:
-                residents[version] = (*residents.get(version, ()), replica_id)
-        loads = {replica_id: seen.report.load for replica_id, seen in self._replicas.items()}
-        return replace(self._table, replicas=loads, residents=residents)
-
-    def reports(self) -> tuple[ReplicaReport, ...]:
-        """The last report of every live replica."""
-        return tuple(seen.report for _, seen in sorted(self._replicas.items()))
+        """A copy of the table as it is now."""
+        return self._log.table(self._replicas)
 
     @property
     def placement(self) -> Placement:
-        return self._planner.placement
+        """The plan in force."""
+        return self._plan or Placement()
+
+    def state(self, registry_error: str | None = None) -> ClusterState:
+        """Everything, for people to look at."""
+        self._bury(self._replicas.expire())
+        return ClusterState(
+            table=self.table(),
+            reports=self._replicas.reports(),
+            too_large=self.placement.too_large,
+            no_room=self.placement.no_room,
+            registry_error=registry_error,
+            moves={
+                key: AliasMove(desired, serving, self._why_not(desired))
+                for key, desired in self._desired.items()
+                if (serving := self._serving.serving.get(key)) not in (None, desired)
+            },
+            failed=self._bad,
+            failed_on=self._health.failed_on(),
+            pinned=self._pinned(),
+            heard_s=self._replicas.ages_s(),
+            prefetch=tuple(
+                (version, replica_id)
+                for version, replica_id in sorted(self.placement.prefetch)
+                if not self._replicas.have(version, (replica_id,))
+            ),
+            is_settled=self._is_settled,
+        )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the plan or the table contradicts what was reported."""
+        self._replicas.check_integrity()
+        self._serving.check_integrity()
         rows: dict[str, int] = dict.fromkeys(self._replicas, 0)
-        for version, holders in self.placement.holders.items():
+        for version, holders in self._log.holders.items():
             assert holders and len(set(holders)) == len(holders), (version, holders)
             for replica_id in holders:
                 if replica_id in rows:
-                    rows[replica_id] += self._facts[version].rows
+                    rows[replica_id] += self._log.facts[version].rows
         for replica_id, used in rows.items():
             capacity = self._replicas[replica_id].report.rows
             assert used <= capacity, f"{replica_id}: {used} rows planned of {capacity}"
-        assert set(self._serving) == set(self._desired), (
-            "an alias serves nothing, or a dead one does"
-        )
-        assert self._table.serving == self._serving
-        assert self._table.holders == self.placement.holders
-
-    # -- aliases ---------------------------------------------------------------------------------
-
-    def _follow_registry(self) -> None:
-        """New aliases serve; deleted ones do not; moved ones flip here unless someone holds what they serve."""
-        serving = {}
+        if not self._is_settled:
+            return
         for key, desired in self._desired.items():
-            current = self._serving.get(key, desired)
-            serving[key] = current if self._is_held(current) else desired
-        self._serving = serving
+            choices = (desired, *self._history.get(key, ()))
+            serving = self._log.serving.get(key)
+            assert serving == self._serving.serving.get(key), f"{key}: the table has {serving}"
+            if serving is None:
+                assert not any(each in self._facts for each in choices), f"{key} serves nothing"
+            elif not self._is_good(serving):
+                assert not any(map(self._is_good, choices)), f"{key} serves a bad version"
 
-    def _is_held(self, version: AdapterVersion) -> bool:
-        return version in self._facts and any(
-            replica_id in self._replicas for replica_id in self.placement.holders.get(version, ())
+    # The plan.
+
+    def tick(self) -> PlacementTable:
+        """Make a new plan and publish it. For callers with one thread; see `begin_tick` for others."""
+        inputs = self.begin_tick()
+        while inputs is not None:
+            self.end_tick(self.plan(inputs))
+            # A flip frees what it left; its successor has the demand.
+            inputs = self.begin_tick() if self._inherited else None
+        return self.table()
+
+    def begin_tick(self) -> TickInputs | None:
+        """What the next plan is to be made from; None while too little is known."""
+        self._bury(self._replicas.expire())
+        self._settle()
+        if not self._is_settled:
+            return None
+        self.wants_tick = False
+        self._serving.forget_retired(self._replicas.residents.__contains__)
+        self._follow()
+        is_shrinking = self._clock() < self._shrinks_until_s
+        inputs = TickInputs(
+            spaces=tuple(
+                ReplicaSpace(r, one.report.rows, one.device, self._health.unfit(r))
+                for r in self._replicas
+                for one in [self._replicas[r]]
+            ),
+            facts=self._facts,
+            reserved=tuple(self._reserved()),
+            demand=tuple(self._demand),
+            inherited=tuple(self._inherited),
+            kept=self._replicas.kept() if is_shrinking else None,
+            bad=self._bad,
         )
+        self._demand, self._inherited = [], []
+        return inputs
 
-    def _moves(self) -> dict[AdapterVersion, AdapterVersion]:
-        """Successor → predecessor, of all aliases on their way to a new version."""
+    def plan(self, inputs: TickInputs) -> TickResult:
+        """The next plan. Needs no lock beside the other methods, but one caller at a time."""
+        for demand in inputs.demand:
+            self._planner.observe(demand)
+        for flip, work_ratio in inputs.inherited:
+            self._planner.inherit(flip.old, flip.new, work_ratio)
+        placement = self._planner.plan(inputs.spaces, inputs.facts, inputs.reserved)
+        if inputs.kept is None:
+            return TickResult(placement, None)
+        wanted = {*placement.holders, *placement.no_room} - inputs.bad.keys()
+        return TickResult(placement, missing_copies(wanted, inputs.kept))
+
+    def end_tick(self, result: TickResult) -> None:
+        """Put a plan in force."""
+        self._plan, self._near = result.placement, result.near
+        self._follow()
+        self._publish()
+
+    # What follows from a report.
+
+    def _settle(self) -> None:
+        """Begin to answer, once whoever is alive had time to call."""
+        if self._is_settled or self._clock() < self._settles_at_s:
+            return
+        recalled = self._recalled
+        if not self._has_registry:
+            if recalled is None and self._has_old_readers:
+                return  # a table without a name in it would be worse than the one they have
+            if recalled is not None:
+                self._desired, self._facts = recalled.serving, recalled.facts
+        if recalled is not None:
+            self._serving.recall(recalled.serving)
+        self._recalled = None
+        self._is_settled = self.wants_tick = True
+        self._follow(is_aimed=False)
+        for superseded in {v for history in self._history.values() for v in history}:
+            if superseded in self._replicas.residents:
+                self._serving.retire(superseded)
+
+    def _bury(self, replica_ids: Iterable[str]) -> None:
+        """These replicas are gone."""
+        for replica_id in replica_ids:
+            self._health.forget(replica_id)
+            self.wants_tick = True
+
+    def _follow(self, *, is_aimed: bool = True) -> None:
+        """Let aliases move where they should and can.
+
+        Args:
+            is_aimed: nothing but the health of versions may have changed where they should.
+        """
+        bad = self._health.bad(self._replicas.residents)
+        if bad != self._bad or not is_aimed:
+            self._bad = bad
+            self._serving.aim(self._desired, self._history, self._is_good, self._facts.__contains__)
+            self.wants_tick = True
+        for flip in self._serving.flip(self._is_ready):
+            self._inherited.append((flip, self._work_ratio(flip)))
+            self.wants_tick = True
+        if self._serving.serving is not self._published:
+            self._publish()
+
+    def _is_good(self, version: AdapterVersion) -> bool:
+        return version in self._facts and version not in self._bad
+
+    def _is_ready(self, old: AdapterVersion, new: AdapterVersion) -> bool:
+        """Whether an alias may flip now.
+
+        It waits only while somebody asks for the old version and it is held: then until all who are to hold the new
+        one have it. Nobody waits for a version that fits only in the old one's place.
+        """
+        if not self._is_good(old):
+            return True
+        if self._plan is None or self._is_too_large(new):
+            return False
+        old_holders = self._plan.holders.get(old, ())
+        if not any(replica_id in self._replicas for replica_id in old_holders):
+            return True
+        if new in self._plan.no_room or self._replicas.have(new, old_holders):
+            return True
+        if self._replicas.have(new, self._plan.holders.get(new, ())):
+            return True
+        is_overdue = self._serving.moving_for_s(new) >= WARM_WITHIN_S
+        return is_overdue and new in self._replicas.residents
+
+    def _is_too_large(self, version: AdapterVersion) -> bool:
+        """For every bank there is."""
+        sizes = [self._replicas[replica_id].report.rows for replica_id in self._replicas]
+        return bool(sizes) and self._facts[version].rows > max(sizes)
+
+    def _work_ratio(self, flip: Flip) -> float:
+        old, new = self._facts.get(flip.old), self._facts[flip.new]
+        return new.work_per_token / old.work_per_token if old else 1.0
+
+    def _why_not(self, desired: AdapterVersion) -> str:
+        """Why an alias does not serve what it should."""
+        if desired in self._bad:
+            return f"failed: {self._bad[desired]}"
+        if desired not in self._facts:
+            return "failed: it cannot be read"
+        if self._is_too_large(desired):
+            return f"no room: it has {self._facts[desired].rows} rows, more than any bank"
+        holders = self.placement.holders.get(desired, ())
+        ready = [r for r in holders if self._replicas.have(desired, (r,))]
+        return f"warming: on {len(ready)} of {len(holders)} replicas"
+
+    def _pinned(self) -> dict[AdapterVersion, int]:
+        """What an administrator wants held whoever asks for it, and how often."""
         return {
-            desired: self._serving[key]
-            for key, desired in self._desired.items()
-            if self._serving[key] != desired
+            version: copies
+            for key, copies in self._pins.items()
+            if copies and (version := self._serving.serving.get(key)) and self._is_good(version)
         }
 
-    def _promote_warm(self) -> bool:
-        """Flip aliases to successors that all their holders have loaded, or that fit only in the old one's place."""
-        ready = {
-            new: old
-            for new, old in self._moves().items()
-            if self._is_warm(new) or new in self.placement.no_room
-        }
-        for key, desired in self._desired.items():
-            if desired in ready:
-                self._serving[key] = desired
-        for new, old in ready.items():
-            if old not in self._serving.values():
-                ratio = self._facts[new].work_per_token / self._facts[old].work_per_token
-                self._planner.inherit(old, new, ratio)
-        return bool(ready)
-
-    def _is_warm(self, version: AdapterVersion) -> bool:
-        holders = self.placement.holders.get(version, ())
-        return bool(holders) and all(version in self._replicas[r].report.device for r in holders)
-
-    # -- the plan --------------------------------------------------------------------------------
-
-    def _plan(self) -> None:
-        spaces = [
-            ReplicaSpace(replica_id, seen.report.rows, frozenset(seen.report.device))
-            for replica_id, seen in self._replicas.items()
+    def _reserved(self) -> list[Reservation]:
+        """Successors that are being warmed, and what is pinned."""
+        holders = self.placement.holders
+        successors = [
+            Reservation(new, replaces=old)
+            for new, olds in sorted(self._serving.predecessors().items())
+            for old in sorted(olds, key=lambda old: (len(holders.get(old, ())), old))
         ]
-        successors = [Reservation(new, replaces=old) for new, old in self._moves().items()]
-        self._planner.plan(spaces, self._facts, successors)
+        pinned = [Reservation(v, copies=n) for v, n in sorted(self._pinned().items())]
+        return [*successors, *pinned]
+
+    # What is told.
+
+    def _publish(self) -> None:
+        serving = self._serving.serving
+        holders = {v: ids for v, ids in self.placement.holders.items() if v in self._facts}
+        facts = {v: self._facts[v] for v in {*serving.values(), *holders} if v in self._facts}
+        self._published = serving
+        self._log.publish(serving, holders, facts)
 
     def _orders(self, replica_id: str) -> ReplicaOrders:
         """What one replica should hold. Pins leave room for the largest adapter anybody may ask it for."""
-        seen = self._replicas[replica_id]
-        plan, device = self.placement, frozenset(seen.report.device)
+        one, plan = self._replicas[replica_id], self.placement
+        retired = self._serving.retired
         mine = [
             version
             for version in plan.by_replica.get(replica_id, ())
-            if version in device or (version, replica_id) in plan.prefetch
+            if version in self._facts and version not in self._bad and version not in retired
+            if version in one.device or (version, replica_id) in plan.prefetch
         ]
-        capacity = seen.report.rows
-        sizes = (facts.rows for facts in self._facts.values() if facts.rows <= capacity)
-        left = capacity - max(sizes, default=0)
+        left = one.report.rows - self._largest_within(one.report.rows)
         pinned = set()
-        for version in mine:
+        admins = self._pinned()
+        for version in sorted(mine, key=lambda version: version not in admins):
             rows = self._facts[version].rows
             if rows <= left:
                 left -= rows
                 pinned.add(version)
-        return ReplicaOrders(self._table.epoch, tuple(mine), frozenset(pinned))
-
-    def _publish(self) -> PlacementTable:
-        """The table, under a new epoch if it says anything new."""
-        named = {*self._serving.values(), *self.placement.holders}
-        fresh = replace(
-            self._table,
-            serving=dict(self._serving),
-            holders=dict(self.placement.holders),
-            facts={version: self._facts[version] for version in sorted(named)},
-            replicas=dict.fromkeys(sorted(self._replicas), ReplicaLoad()),
+        return ReplicaOrders(
+            self._log.epoch,
+            tuple(mine),
+            frozenset(pinned),
+            near=(self._near or {}).get(replica_id, ()),
+            retired=frozenset(version for version in retired if version in one.device),
+            asks_all=one.report.is_brief,
         )
-        if fresh != self._table:
-            self._table = replace(fresh, epoch=self._table.epoch + 1)
-        return self.table()
+
+    def _largest_within(self, rows: int) -> int:
+        if rows not in self._largest:
+            sizes = (facts.rows for facts in self._facts.values() if facts.rows <= rows)
+            self._largest[rows] = max(sizes, default=0)
+        return self._largest[rows]

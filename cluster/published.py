@@ -9,7 +9,7 @@ from functools import cached_property
 
 from cluster.table import AdapterFacts, AliasKey
 from storage.history import newest_good
-from storage.identity import AdapterName, AdapterVersion
+from storage.identity import DEFAULT_ALIAS, AdapterName, AdapterVersion
 from storage.index_entry import AdapterEntry
 from storage.index_reader import IndexState
 from storage.manifest import ManifestContent
@@ -55,6 +55,34 @@ class Published:
             key: version
             for adapter in self.adapters.values()
             for key, version in _desired_of(adapter, self.quarantined).items()
+        }
+
+    @property
+    def aliases(self) -> dict[AliasKey, AdapterVersion]:
+        """Where every alias points, whether that can be served or not."""
+        return {
+            (name.tenant, name.name, alias): version
+            for name, adapter in self.adapters.items()
+            for alias, version in adapter.aliases.items()
+        }
+
+    @property
+    def history(self) -> dict[AliasKey, tuple[AdapterVersion, ...]]:
+        """What every alias meant before, newest first."""
+        return {
+            (name.tenant, name.name, alias): versions
+            for name, adapter in self.adapters.items()
+            for alias, versions in adapter.history.items()
+            if versions
+        }
+
+    @property
+    def pins(self) -> dict[AliasKey, int]:
+        """On how many replicas an administrator wants what an adapter's default alias serves."""
+        return {
+            (name.tenant, name.name, DEFAULT_ALIAS): adapter.pinned_copies
+            for name, adapter in self.adapters.items()
+            if adapter.pinned_copies
         }
 
     @cached_property

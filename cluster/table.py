@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.changes import Changes
 from storage.errors import FailedVersion
 from storage.figures import Figures
 from storage.identity import AdapterVersion
@@ -78,6 +79,7 @@ class ReplicaReport:
     queued_work: float = 0.0  # the part of `work` that waits
     first_token_p99_s: float = 0.0
     figures: Figures = field(default_factory=Figures)  # what only metrics read
+    is_brief: bool = False  # `host` and `disk` are left out: they are what the last report said
 
     @property
     def load(self) -> ReplicaLoad:
@@ -95,6 +97,7 @@ class ReplicaOrders:
     near: tuple[AdapterVersion, ...] = ()  # to have on disk or in host memory at least
     retired: frozenset[AdapterVersion] = frozenset()
     """Versions a successor replaced: to be freed on the device once no request holds them."""
+    asks_all: bool = False  # the next report is not to be brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,59 @@ class PlacementTable:
 
 
 @dataclass(frozen=True, slots=True)
-class TableUpdate:
-    """The answer to a reader's poll. `table` is None when the reader already has this epoch."""
+class ReaderReport:
+    """What an ingress or router asks its poll with: what it knows already, and what it has seen."""
 
-    epoch: int
-    table: PlacementTable | None
-    replicas: Mapping[str, ReplicaLoad]
-    residents: Mapping[AdapterVersion, tuple[str, ...]]
+    epoch: int = 0
+    author: int = 0  # who wrote the table it has
+    residents_stamp: int = 0
+    demand: Mapping[AdapterVersion, DemandSample] = field(default_factory=dict)
+    lost: frozenset[str] = frozenset()  # replicas it found dead or leaving
+    table: PlacementTable | None = None  # the one it has, when it was asked for it
+
+
+@dataclass(frozen=True, slots=True)
+class TableUpdate:
+    """The answer to a reader's poll: what changed since what it has. Only `replicas` is always sent.
+
+    `epoch` 0: the manager has just begun and knows nothing good yet; the reader keeps what it has.
+    """
+
+    epoch: int = 0
+    author: int = 0
+    since: int = 0  # the epoch to which the changes apply; 0 when they are whole
+    base_id: str = ""
+    replicas: Mapping[str, ReplicaLoad] = field(default_factory=dict)
+    serving: Changes[AliasKey, AdapterVersion] = field(default_factory=Changes)
+    holders: Changes[AdapterVersion, tuple[str, ...]] = field(default_factory=Changes)
+    facts: Changes[AdapterVersion, AdapterFacts] = field(default_factory=Changes)
+    residents: Changes[AdapterVersion, tuple[str, ...]] = field(default_factory=Changes)
+    residents_stamp: int = 0
+    asks_table: bool = False  # to be sent with the next poll
+
+    @classmethod
+    def whole(cls, table: PlacementTable, author: int = 0, residents_stamp: int = 0) -> TableUpdate:
+        """For a reader that has nothing, or another manager's table."""
+        return cls(
+            epoch=table.epoch,
+            author=author,
+            base_id=table.base_id,
+            replicas=table.replicas,
+            serving=Changes(table.serving, is_whole=True),
+            holders=Changes(table.holders, is_whole=True),
+            facts=Changes(table.facts, is_whole=True),
+            residents=Changes(table.residents, is_whole=True),
+            residents_stamp=residents_stamp,
+        )
+
+    def applied_to(self, table: PlacementTable) -> PlacementTable:
+        """The reader's next table. Parts in which nothing changed are the same objects."""
+        return PlacementTable(
+            epoch=self.epoch,
+            base_id=self.base_id,
+            serving=self.serving.applied_to(table.serving),
+            holders=self.holders.applied_to(table.holders),
+            facts=self.facts.applied_to(table.facts),
+            replicas=self.replicas,
+            residents=self.residents.applied_to(table.residents),
+        )

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -42,16 +43,27 @@ class Heartbeat:
 
     def _run(self) -> None:
         manager: Any = None
+        told: ReplicaReport | None = None  # what this manager knows
         while True:
             report = self._report()
             if report is not None:
                 try:
                     manager = manager or connect(self._spec)
-                    orders = ray.get(manager.heartbeat.remote(report), timeout=_ANSWER_TIMEOUT_S)
+                    answer = manager.heartbeat.remote(brief(report, told))
+                    orders = ray.get(answer, timeout=_ANSWER_TIMEOUT_S)
                 except (RayError, ValueError) as error:
                     # The replica serves on; the manager comes back and learns of it from the next report.
                     _log.warning("the placement manager does not answer: %s", type(error).__name__)
-                    manager = None
+                    manager = told = None
                 else:
-                    self._obey(orders)
+                    told = None if orders is not None and orders.asks_all else report
+                    if orders is not None:
+                        self._obey(orders)
             time.sleep(self._spec.cluster.heartbeat_s)
+
+
+def brief(report: ReplicaReport, told: ReplicaReport | None) -> ReplicaReport:
+    """The report without what its receiver knows from the one it was told before."""
+    if told is None or (report.host, report.disk) != (told.host, told.disk):
+        return report
+    return replace(report, host=(), disk=(), is_brief=True)

@@ -28,7 +28,7 @@ def shared_view(spec: PlacementSpec) -> TableView:
     with _lock:
         view = _views.get(spec.actor_name)
         if view is None:
-            view = _views[spec.actor_name] = TableView(time.monotonic)
+            view = _views[spec.actor_name] = TableView(time.monotonic, spec.cluster.table_ttl_s)
             threading.Thread(
                 target=_poll_forever, args=(spec, view), name="placement-poller", daemon=True
             ).start()
@@ -38,12 +38,13 @@ def shared_view(spec: PlacementSpec) -> TableView:
 def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
     manager: Any = None
     while True:
+        report = view.take_report()
         try:
             manager = manager or connect(spec)
-            answer = manager.poll.remote(view.table.epoch, view.take_demand(), view.take_lost())
-            view.offer(ray.get(answer, timeout=_ANSWER_TIMEOUT_S))
+            view.offer(ray.get(manager.poll.remote(report), timeout=_ANSWER_TIMEOUT_S))
         except (RayError, GetTimeoutError, ValueError) as error:
             # Routers go on with the last good table; the next round looks the manager up again.
             _log.warning("the placement manager does not answer: %s", type(error).__name__)
+            view.give_back(report)
             manager = None
         time.sleep(spec.cluster.heartbeat_s)

@@ -1,330 +1,214 @@
-"""The placement manager: who lives, what serves, what is held, driven by a clock that moves when told."""
+"""The placement manager: who lives, what is held, and what replicas and readers are told of it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cluster.config import ClusterSettings
-from cluster.manager import PlacementManager
-from cluster.table import AdapterFacts, AliasKey, DemandSample, PlacementTable, ReplicaReport
-from storage.identity import AdapterVersion, sha256_hex
-from tests.cluster.clocks import ManualClock
-
-KEY: AliasKey = ("default", "poet", "latest")
-
-
-def version(index: int) -> AdapterVersion:
-    return AdapterVersion(sha256_hex(f"adapter {index}".encode()))
-
-
-def facts(*versions: AdapterVersion, rows: int = 4) -> dict[AdapterVersion, AdapterFacts]:
-    return {each: AdapterFacts(rows=rows, num_bytes=100) for each in versions}
-
-
-def report(replica_id: str, *device: AdapterVersion, rows: int = 16) -> ReplicaReport:
-    return ReplicaReport(replica_id, rows=rows, num_bytes=1000, device=device)
-
-
-class Cluster:
-    """A manager with replicas that do as they are told."""
-
-    def __init__(self, **settings: float) -> None:
-        self.clock = ManualClock()
-        self.manager = PlacementManager(ClusterSettings(**settings), "base", 1, self.clock)
-        self.device: dict[str, set[AdapterVersion]] = {}
-        self.obeys = True
-
-    def add(self, *replica_ids: str) -> None:
-        for replica_id in replica_ids:
-            self.device[replica_id] = set()
-        self.beat()
-
-    def beat(self, seconds: float = 0.5) -> PlacementTable:
-        """Time passes; every replica reports, and loads what it is told."""
-        self.clock.advance(seconds)
-        for replica_id, device in self.device.items():
-            orders = self.manager.heartbeat(report(replica_id, *sorted(device)))
-            if self.obeys:
-                device.update(orders.wanted)
-        self.manager.check_integrity()
-        return self.manager.table()
-
-    def ask(self, which: AdapterVersion, requests: int = 10, work: float = 500.0) -> None:
-        self.manager.observe({which: DemandSample(requests, work)})
+from cluster.table import AdapterFacts, ReaderReport, ReplicaLoad
+from tests.cluster.manager_world import KEY, Cluster, facts, report, version
 
 
 @pytest.fixture
 def cluster() -> Cluster:
-    cluster = Cluster()
-    cluster.add("a", "b")
-    return cluster
+    return Cluster("a", "b")
 
 
 def test_a_first_version_serves_at_once(cluster: Cluster) -> None:
-    table = cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
+    table = cluster.publish({KEY: 1}, facts(1))
     assert table.serving == {KEY: version(1)}
     assert table.facts[version(1)].work_per_token == 5.0
+
+
+def test_a_deleted_alias_serves_no_longer(cluster: Cluster) -> None:
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1)
+    cluster.tick()
+    table = cluster.publish({}, {})
+    assert table.serving == {} and table.holders == {}
 
 
 def test_a_replica_that_is_leaving_is_nobodys_home_while_it_finishes_its_requests(
     cluster: Cluster,
 ) -> None:
-    cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
-    cluster.ask(version(1), requests=1000)
-    for _ in range(3):
-        cluster.manager.tick()
-        table = cluster.beat()
-    assert set(table.holders[version(1)]) == {"a", "b"}
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1, requests=1000)
+    cluster.tick()
+    cluster.beat(times=3)
+    assert set(cluster.tick().holders[version(1)]) == {"a", "b"}
     cluster.manager.leave(["b"])
     for _ in range(3):  # its heart goes on beating
         table = cluster.beat()
         assert table.holders[version(1)] == ("a",)
         assert set(table.replicas) == {"a"} and table.residents[version(1)] == ("a",)
-    assert cluster.manager.heartbeat(report("b", version(1))).wanted == ()
+    orders = cluster.manager.heartbeat(report("b", version(1)))
+    assert orders is not None and orders.wanted == ()
     cluster.manager.leave([])
     assert set(cluster.beat().replicas) == {"a", "b"}, "it stays after all"
 
 
-def test_a_deleted_alias_serves_no_longer(cluster: Cluster) -> None:
-    cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
-    cluster.ask(version(1))
-    cluster.manager.tick()
-    table = cluster.manager.set_registry({}, {})
-    assert table.serving == {} and table.holders == {}
-    cluster.manager.check_integrity()
-
-
-def test_a_new_version_of_an_adapter_nobody_holds_serves_at_once(cluster: Cluster) -> None:
-    both = facts(version(1), version(2))
-    cluster.manager.set_registry({KEY: version(1)}, both)
-    assert cluster.manager.set_registry({KEY: version(2)}, both).serving == {KEY: version(2)}
-
-
-def test_a_new_version_of_a_held_adapter_serves_only_once_it_is_warm(cluster: Cluster) -> None:
-    both = facts(version(1), version(2))
-    cluster.manager.set_registry({KEY: version(1)}, both)
-    cluster.ask(version(1))
-    holders = cluster.manager.tick().holders[version(1)]
-    cluster.beat()
-
-    cluster.obeys = False
-    table = cluster.manager.set_registry({KEY: version(2)}, both)
-    cluster.beat()
-    assert table.serving == {KEY: version(1)}
-    assert table.holders[version(2)] == holders
-    assert cluster.manager.tick().serving == {KEY: version(1)}
-
-    cluster.obeys = True
-    cluster.beat()  # told to load
-    cluster.beat()  # reports it loaded
-    table = cluster.manager.tick()
-    assert table.serving == {KEY: version(2)}
-    assert table.holders[version(2)] == holders
-    assert version(1) not in table.holders, "the old version has handed its demand on"
-
-
-def test_an_alias_moved_back_before_the_flip_keeps_serving_what_it_did(cluster: Cluster) -> None:
-    both = facts(version(1), version(2))
-    cluster.manager.set_registry({KEY: version(1)}, both)
-    cluster.ask(version(1))
-    cluster.manager.tick()
-    cluster.manager.set_registry({KEY: version(2)}, both)
-    table = cluster.manager.set_registry({KEY: version(1)}, both)
-    assert table.serving == {KEY: version(1)} and version(2) not in table.holders
-
-
-def test_a_new_version_that_fits_only_in_the_old_ones_place_serves_cold() -> None:
-    cluster = Cluster()
-    cluster.add("a")
-    both = facts(version(1), version(2), rows=13)
-    cluster.manager.set_registry({KEY: version(1)}, both)
-    cluster.ask(version(1))
-    cluster.manager.tick()
-    assert cluster.manager.set_registry({KEY: version(2)}, both).serving == {KEY: version(2)}
-
-
-def test_a_new_version_too_large_for_every_bank_never_replaces_the_old_one(
-    cluster: Cluster,
-) -> None:
-    both = {**facts(version(1)), **facts(version(2), rows=17)}
-    cluster.manager.set_registry({KEY: version(1)}, both)
-    cluster.ask(version(1))
-    cluster.manager.tick()
-    table = cluster.manager.set_registry({KEY: version(2)}, both)
-    assert table.serving == {KEY: version(1)}
-    assert cluster.manager.placement.too_large == (version(2),)
-
-
-def test_another_alias_keeps_its_version_and_its_demand_through_a_flip(cluster: Cluster) -> None:
-    both = facts(version(1), version(2))
-    prod: AliasKey = ("default", "poet", "prod")
-    cluster.manager.set_registry({KEY: version(1), prod: version(1)}, both)
-    cluster.ask(version(1))
-    cluster.manager.tick()
-    cluster.manager.set_registry({KEY: version(2), prod: version(1)}, both)
-    cluster.beat()
-    cluster.beat()
-    table = cluster.manager.tick()
-    assert table.serving == {KEY: version(2), prod: version(1)}
-    assert version(1) in table.holders
-
-
 def test_the_epoch_grows_only_when_something_changed(cluster: Cluster) -> None:
-    first = cluster.manager.set_registry({KEY: version(1)}, facts(version(1))).epoch
+    first = cluster.publish({KEY: 1}, facts(1)).epoch
     cluster.beat()
-    assert cluster.manager.tick().epoch == first
-    cluster.ask(version(1))
-    assert cluster.manager.tick().epoch == first + 1
-    assert cluster.manager.tick().epoch == first + 1
-
-
-def test_a_reader_gets_the_table_once_and_then_only_what_moves(cluster: Cluster) -> None:
-    cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
-    update = cluster.manager.poll(0)
-    assert update.table is not None and update.table.serving == {KEY: version(1)}
-    again = cluster.manager.poll(update.epoch)
-    assert again.table is None and again.replicas.keys() == {"a", "b"}
+    assert cluster.tick().epoch == first
+    cluster.ask(1)
+    assert cluster.tick().epoch == first + 1
+    assert cluster.tick().epoch == first + 1
 
 
 def test_a_manager_on_a_slower_clock_overtakes_its_predecessors_epoch(cluster: Cluster) -> None:
-    update = cluster.manager.poll(10**9)
-    assert update.table is not None and update.epoch == update.table.epoch > 10**9
+    update = cluster.manager.poll(ReaderReport(epoch=10**9, author=7))
+    assert update.epoch > 10**9 and update.serving.is_whole
 
 
 def test_a_replica_that_misses_three_heartbeats_is_dead_and_its_adapters_are_rehomed(
     cluster: Cluster,
 ) -> None:
-    cluster.manager.set_registry({KEY: version(1)}, facts(version(1)))
-    cluster.ask(version(1))
-    cluster.manager.tick()
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1)
+    (first, *_) = cluster.tick().holders[version(1)]
     cluster.beat()
-    (first, *_) = cluster.manager.table().holders[version(1)]
-    del cluster.device[first]
+    del cluster.replicas[first]
     for _ in range(3):
         assert first in cluster.beat().replicas
-    cluster.beat(seconds=0.01)
-    table = cluster.manager.poll(0).table
-    assert table is not None
-    (survivor,) = cluster.device
-    assert table.replicas.keys() == {survivor}
-    assert table.holders[version(1)] == (survivor,)
+    cluster.clock.advance(0.01)
+    (survivor,) = cluster.replicas
+    assert cluster.manager.poll(ReaderReport()).replicas.keys() == {survivor}
+    assert cluster.manager.wants_tick, "at once, not with the next tick"
+    assert cluster.plan().holders[version(1)] == (survivor,)
 
 
 def test_a_replica_that_a_router_found_dead_is_dead_at_once_unless_its_heart_beats(
     cluster: Cluster,
 ) -> None:
-    cluster.add("a", "b")
-    one = version(1)
-    cluster.manager.set_registry({KEY: one}, facts(one))
-    cluster.ask(one)
-    cluster.manager.tick()
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1)
+    cluster.tick()
     cluster.beat()
-    cluster.manager.lose(frozenset({"a", "nobody"}))
-    table = cluster.manager.table()
-    assert table.replicas.keys() == {"b"}
-    assert table.holders[one] == ("b",)
+    update = cluster.manager.poll(ReaderReport(lost=frozenset({"a", "nobody"})))
+    assert update.replicas.keys() == {"b"}
+    assert cluster.plan().holders[version(1)] == ("b",)
     assert "a" in cluster.beat().replicas
 
 
-def test_a_rebuilt_manager_finds_everything_where_it_was_and_continues_the_epochs(
+def test_orders_pin_only_what_leaves_room_for_the_largest_adapter(cluster: Cluster) -> None:
+    sizes = {**facts(1, 2), **facts(3, rows=9)}
+    names = {("default", f"n{i}", "latest"): i for i in (1, 2, 3)}
+    cluster.publish(names, sizes)
+    cluster.ask(1, work=900.0)
+    cluster.ask(2, work=800.0)
+    cluster.tick()
+    orders = cluster.manager.heartbeat(report("a", version(1), version(2)))
+    assert orders is not None and set(orders.wanted) == {version(1), version(2)}
+    assert sum(sizes[each].rows for each in orders.pinned) <= 16 - 9
+
+
+def test_a_brief_report_keeps_what_was_said_of_memory_and_disk_and_is_refused_when_nothing_was(
     cluster: Cluster,
 ) -> None:
-    both = facts(version(1), version(2), rows=12)
-    desired = {KEY: version(1), ("default", "clerk", "latest"): version(2)}
-    cluster.manager.set_registry(desired, both)
-    cluster.ask(version(1))
-    cluster.ask(version(2))
-    cluster.manager.tick()
-    for name in cluster.device:  # their first requests loaded them
-        cluster.device[name] = {
-            v for v, held in cluster.manager.table().holders.items() if name in held
-        }
-    before = cluster.beat()
+    both = (version(1), version(2))
+    manager = cluster.manager
+    first = manager.heartbeat(report("c", version(1), host=both, disk=both))
+    again = manager.heartbeat(report("c", is_brief=True))
+    unknown = manager.heartbeat(report("d", is_brief=True))
+    assert first is not None and not first.asks_all
+    assert again is not None and not again.asks_all
+    assert unknown is not None and unknown.asks_all
+    told = {one.replica_id: one for one in manager.state().reports}
+    assert (told["c"].host, told["c"].disk, told["c"].device) == (both, both, ())
+    asked = manager.heartbeat(report("d", host=both))
+    assert asked is not None and not asked.asks_all
 
-    cluster.manager = PlacementManager(ClusterSettings(), "base", before.epoch + 1, cluster.clock)
-    cluster.manager.set_registry(desired, both)
+
+def test_a_reader_gets_all_once_and_then_only_what_changed(cluster: Cluster) -> None:
+    names = {("default", f"n{i}", "latest"): i for i in range(20)}
+    cluster.publish(names, facts(*range(20), rows=1))
     cluster.beat()
-    cluster.ask(version(1))
-    cluster.ask(version(2))
-    after = cluster.manager.tick()
-    assert after.serving == before.serving
-    assert after.holders == before.holders
-    assert after.residents == before.residents
-    assert after.epoch > before.epoch
+    manager = cluster.manager
+    first = manager.poll(ReaderReport())
+    assert first.serving.is_whole and len(first.serving.values) == 20
+
+    known = ReaderReport(first.epoch, first.author, first.residents_stamp)
+    nothing = manager.poll(known)
+    assert nothing.epoch == first.epoch
+    changes = (nothing.serving, nothing.holders, nothing.facts, nothing.residents)
+    assert not any(one.values or one.gone or one.is_whole for one in changes)
+    assert nothing.replicas == {"a": ReplicaLoad(), "b": ReplicaLoad()}
+
+    cluster.publish({**names, KEY: 3}, facts(*range(20), rows=1))
+    cluster.replicas["a"].device.add(version(3))
+    cluster.beat()
+    some = manager.poll(known)
+    assert dict(some.serving.values) == {KEY: version(3)} and not some.serving.is_whole
+    assert dict(some.residents.values) == {version(3): ("a",)}
 
 
-def test_orders_pin_only_what_leaves_room_for_the_largest_adapter(cluster: Cluster) -> None:
-    sizes = {**facts(version(1), version(2)), **facts(version(3), rows=9)}
-    cluster.manager.set_registry(
-        {("default", f"n{i}", "latest"): v for i, v in enumerate(sizes)}, sizes
-    )
-    cluster.ask(version(1), work=900.0)
-    cluster.ask(version(2), work=800.0)
-    cluster.manager.tick()
-    orders = cluster.manager.heartbeat(report("a", version(1), version(2)))
-    assert set(orders.wanted) == {version(1), version(2)}
-    assert sum(sizes[v].rows for v in orders.pinned) <= 16 - 9
+def test_a_pinned_adapter_is_held_as_often_as_asked_though_nobody_asks_for_it() -> None:
+    cluster = Cluster("a", "b", "c", rows=16)
+    cluster.publish({KEY: 1}, facts(1), pins={KEY: 2})
+    cluster.beat(times=3)
+    assert len(cluster.holding(1)) == 2
+    for name in cluster.holding(1):
+        orders = cluster.manager.heartbeat(cluster.replicas[name].report(name))
+        assert orders is not None and orders.pinned == {version(1)}
+    assert cluster.manager.state().pinned == {version(1): 2}
+    assert cluster.publish({KEY: 1}, facts(1)).holders == {}
 
 
-class AnyHistory(RuleBasedStateMachine):
-    """Replicas come, go silent and disobey; versions are published, moved, deleted and asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cluster = Cluster()
-        self.desired: dict[AliasKey, AdapterVersion] = {}
-        self.facts = {version(i): AdapterFacts(rows=1 + 3 * i, num_bytes=10) for i in range(6)}
-        self.last = self.cluster.manager.table()
-
-    @rule(name=st.sampled_from("abcd"))
-    def join(self, name: str) -> None:
-        self.cluster.add(name)
-
-    @rule(name=st.sampled_from("abcd"))
-    def vanish(self, name: str) -> None:
-        self.cluster.device.pop(name, None)
-
-    @rule(obeys=st.booleans(), seconds=st.floats(0.1, 2.0))
-    def beat(self, obeys: bool, seconds: float) -> None:
-        self.cluster.obeys = obeys
-        self.cluster.beat(seconds)
-
-    @rule(name=st.sampled_from("pq"), which=st.integers(0, 5))
-    def move_alias(self, name: str, which: int) -> None:
-        self.desired["default", name, "latest"] = version(which)
-        self.cluster.manager.set_registry(self.desired, self.facts)
-
-    @rule(name=st.sampled_from("pq"))
-    def delete(self, name: str) -> None:
-        self.desired.pop(("default", name, "latest"), None)
-        self.cluster.manager.set_registry(self.desired, self.facts)
-
-    @rule(which=st.integers(0, 7), work=st.floats(0.1, 1000.0))
-    def ask(self, which: int, work: float) -> None:
-        self.cluster.ask(version(which), work=work)
-
-    @rule()
-    def tick(self) -> None:
-        self.cluster.manager.tick()
-
-    @invariant()
-    def it_keeps_its_promises(self) -> None:
-        manager = self.cluster.manager
-        manager.check_integrity()
-        table = manager.table()
-        assert table.epoch >= self.last.epoch
-        if table.epoch == self.last.epoch:
-            same = replace(table, replicas=self.last.replicas, residents=self.last.residents)
-            assert same == self.last
-        self.last = table
+def test_a_pin_comes_before_demand_and_follows_the_alias_to_its_new_version() -> None:
+    cluster = Cluster("a")
+    other = ("default", "clerk", "latest")
+    known = facts(1, 2, 3, rows=6)
+    cluster.publish({KEY: 1, other: 3}, known, pins={KEY: 1})
+    cluster.ask(3, work=1e6)
+    cluster.tick()
+    cluster.beat(times=2)
+    assert version(1) in cluster.manager.table().holders
+    cluster.publish({KEY: 2, other: 3}, known, pins={KEY: 1})
+    cluster.beat(times=4)
+    table = cluster.tick()
+    assert table.serving[KEY] == version(2)
+    assert version(2) in table.holders and version(1) not in table.holders
 
 
-AnyHistory.TestCase.settings = hypothesis_settings(
-    max_examples=60, stateful_step_count=30, deadline=None
-)
-test_any_history_keeps_the_promises = AnyHistory.TestCase
+def test_before_a_replica_may_leave_everything_wanted_is_on_two() -> None:
+    cluster = Cluster("a", "b", "c")
+    names = {("default", f"n{i}", "latest"): i for i in range(12)}
+    cluster.publish(names, facts(*range(12), rows=1))
+    for index in range(12):
+        cluster.ask(index, work=1.0)
+    cluster.tick()
+    for index in range(12):
+        name = cluster.manager.table().holders[version(index)][0]
+        cluster.replicas[name].ask(version(index))
+    cluster.beat()
+    assert not cluster.manager.is_ready_to_shrink, "nobody asked"
+    cluster.manager.prepare_to_shrink()
+    assert not cluster.manager.is_ready_to_shrink
+    for _ in range(4):
+        cluster.beat()
+        cluster.tick()
+    cluster.manager.prepare_to_shrink()
+    assert cluster.manager.is_ready_to_shrink
+    for index in range(12):
+        kept = [one for one in cluster.replicas.values() if version(index) in one.disk]
+        assert len(kept) >= 2
+    cluster.beat(times=60)
+    assert not cluster.manager.is_ready_to_shrink, "the lease is over"
+
+
+def test_the_last_replica_is_never_ready_to_leave() -> None:
+    cluster = Cluster("a")
+    cluster.manager.prepare_to_shrink()
+    cluster.tick()
+    assert not cluster.manager.is_ready_to_shrink
+
+
+def test_the_state_says_who_was_heard_of_and_what_is_planned(cluster: Cluster) -> None:
+    cluster.publish({KEY: 1}, {version(1): AdapterFacts(2, 100)}, pins={KEY: 2})
+    cluster.clock.advance(0.25)
+    state = cluster.manager.state()
+    assert state.heard_s == {"a": 0.25, "b": 0.25}
+    assert set(state.prefetch) == {(version(1), "a"), (version(1), "b")}
+    assert state.is_settled
+    cluster.beat(times=2)
+    assert cluster.manager.state().prefetch == ()

@@ -90,7 +90,7 @@ class Names:
             serving={**table.serving, ("default", name, "latest"): version},
             facts={**table.facts, version: AdapterFacts(rank, 10)},
         )
-        assert self.view.offer(TableUpdate(fresh.epoch, fresh, {}, {}))
+        assert self.view.offer(TableUpdate.whole(fresh))
 
     def resolve(self, model: str, tenant: str = "default") -> AdapterVersion | None:
         return self.work(model, tenant)[0]

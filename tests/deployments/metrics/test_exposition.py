@@ -136,7 +136,7 @@ def table_of(count: int) -> tuple[TableView, list[AdapterVersion]]:
     }
     view = TableView(ManualClock())
     table = PlacementTable(epoch=1, serving=serving)
-    assert view.offer(TableUpdate(1, table, {}, {}))
+    assert view.offer(TableUpdate.whole(table))
     return view, versions
 
 
@@ -239,5 +239,5 @@ def test_the_tables_age_is_told_even_when_there_is_none(age_s: float) -> None:
     clock = ManualClock()
     view = TableView(clock)
     if not math.isinf(age_s):
-        view.offer(TableUpdate(1, PlacementTable(epoch=1), {}, {}))
+        view.offer(TableUpdate.whole(PlacementTable(epoch=1)))
     assert value(exposed(Metrics(view), None), "flora_table_age_seconds") == age_s
