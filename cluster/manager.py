@@ -124,6 +124,7 @@ class PlacementManager:
             return ReplicaOrders(
                 self._log.epoch
             )  # the routers have lost it: nothing will be asked of it
+        self._bury(self._replicas.expire())
         self._health.report(replica_id, report.failed, self._replicas[replica_id].device)
         self._settle()
         if not self._is_settled:
