@@ -119,7 +119,7 @@ class PlacementManager:
     def heartbeat(self, report: ReplicaReport) -> ReplicaOrders | None:
         """Take one replica's report; answer what it should hold. None while nobody knows: it goes on as it was."""
         replica_id = report.replica_id
-        is_new = replica_id not in self._replicas
+        known = self._replicas[replica_id].report if replica_id in self._replicas else None
         if not self._replicas.hear(report):
             return ReplicaOrders(
                 self._log.epoch
@@ -129,7 +129,7 @@ class PlacementManager:
         self._settle()
         if not self._is_settled:
             return None
-        self.wants_tick |= is_new
+        self.wants_tick |= known is None or known.rows != report.rows
         self._follow()
         return self._orders(replica_id)
 

@@ -136,7 +136,7 @@ class PlacementPlanner:
             item.version,
             facts[item.version].rows,
             work=max((item.work, *(each.work for each in alike))),
-            copies=max(item.copies, own.copies if own else 0, held_by_old),
+            copies=max((item.copies, held_by_old, *(each.copies for each in alike))),
             requests=max((each.requests for each in alike), default=0.0),
             num_bytes=facts[item.version].num_bytes,
             replaces=item.replaces,
