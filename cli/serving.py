@@ -10,6 +10,7 @@ from typing import Any
 
 from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
+from cli.replicas import ReplicaRange
 from cli.running import RunningCluster
 from cli.settings import base_directory, base_name, command_settings
 from deployments.settings import Settings
@@ -21,14 +22,14 @@ def local_settings(
     config: Path | None,
     *,
     base: str | None,
-    replicas: int | None,
+    replicas: ReplicaRange | None,
     **areas: Mapping[str, Any],
 ) -> Settings:
     """Settings of a cluster on this one machine, open to its users only; the base model is fetched if need be."""
     given = {name: dict(fields) for name, fields in areas.items()}
     serve = {**given.pop("serve", {}), **_LOOPBACK}
     if replicas is not None:
-        serve |= {"min_replicas": replicas, "max_replicas": replicas}
+        serve |= {"min_replicas": replicas.least, "max_replicas": replicas.most}
     engine = given.pop("engine", {})
     plain = command_settings(config, serve=serve, engine=engine, **given)
     directory = base_directory(base or plain.engine.base, plain.storage)

@@ -10,6 +10,7 @@ from cli.bases import BUILT_IN
 from cli.console import AsJson, err, out, print_json
 from cli.errors import CommandFailedError
 from cli.interrupts import shielded
+from cli.replicas import ReplicaRange, ReplicasOption
 from cli.running import find_running
 from cli.serving import local_settings, start_serving
 from cli.settings import Config, RegistryOption, S3Endpoint
@@ -21,7 +22,7 @@ def up(
     ] = None,
     registry: RegistryOption = None,
     s3_endpoint: S3Endpoint = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Engines that answer. (1)")] = None,
+    replicas: ReplicasOption = None,
     port: Annotated[int | None, typer.Option(min=0, help="Of the HTTP API. (8000)")] = None,
     bank_rows: Annotated[
         int | None, typer.Option(min=1, help="Adapter rows a replica holds on its device. (256)")
@@ -31,7 +32,7 @@ def up(
 ) -> None:
     """Start a cluster here: a private Ray, the registry and the HTTP API. Returns when it answers.
 
-    Example: [bold]flora up --replicas 2 --port 8000[/]
+    Example: [bold]flora up --replicas 1..4 --port 8000[/]
     """
     if (running := find_running()) is not None:
         raise CommandFailedError(
@@ -53,6 +54,10 @@ def up(
                 "url": running.url,
                 "base": settings.engine.base_id,
                 "pid": running.ray.pid,
+                "replicas": {
+                    "min": settings.serve.min_replicas,
+                    "max": settings.serve.max_replicas,
+                },
                 "environment": running.ray.environment,
             }
         )
@@ -60,6 +65,10 @@ def up(
     out.print(
         f"[bold green]Ready[/] at {running.url}/v1, answering as [bold]{settings.engine.base_id}[/]"
     )
+    serve = settings.serve
+    number = ReplicaRange(serve.min_replicas, serve.max_replicas)
+    follows = "" if number.is_fixed else ", as many as the load needs"
+    out.print(f"replicas   {number}{follows}")
     out.print(f"registry   {settings.storage.registry}", soft_wrap=True)
     out.print(f"dashboard  {running.ray.dashboard_url}")
     variables = " ".join(f"{name}={value}" for name, value in running.ray.environment.items())

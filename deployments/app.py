@@ -55,7 +55,7 @@ def build_app(args: Settings | Mapping[str, Any]) -> Application:
         max_ongoing_requests=_INGRESS_ONGOING,
         ray_actor_options={"num_cpus": _INGRESS_CPUS},
         health_check_period_s=_HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=_grace_s(settings),
+        graceful_shutdown_timeout_s=grace_s(settings),
         graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
     )
     return ingress.bind(engine)
@@ -83,7 +83,7 @@ def _engine_deployment(settings: Settings, spec: PlacementSpec) -> serve.Deploym
             request_router_kwargs={"spec": spec.model_dump(mode="json")},
         ),
         health_check_period_s=_HEALTH_CHECK_S,
-        graceful_shutdown_timeout_s=_grace_s(settings),
+        graceful_shutdown_timeout_s=grace_s(settings),
         graceful_shutdown_wait_loop_s=_DRAIN_LOOK_S,
         **_scaling(settings, spec),
     )
@@ -100,7 +100,7 @@ def _scaling(settings: Settings, spec: PlacementSpec) -> dict[str, Any]:
             "settings": autoscaling.model_dump(mode="json"),
             "manager": spec.actor_name,
             "namespace": NAMESPACE,
-            "drain_s": _grace_s(settings),
+            "drain_s": grace_s(settings),
         },
     )
     return {
@@ -116,7 +116,7 @@ def _scaling(settings: Settings, spec: PlacementSpec) -> dict[str, Any]:
     }
 
 
-def _grace_s(settings: Settings) -> float:
+def grace_s(settings: Settings) -> float:
     """How long a replica that leaves may take: whatever it answers ends by then."""
     return settings.serve.request_timeout_s + _LAST_WORDS_S
 

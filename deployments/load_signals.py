@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from workers.engine.client import EngineLoad
 
 WINDOW_S = 15.0
 """Rates are taken over so long."""
+SMOOTH_S = 2.0
+"""Time constant with which the moment's room and queue are smoothed: answers are short, and readings far between."""
 PACE_HALFLIFE_S = 300.0
 """How fast it is forgotten what the engine can do when it has much to do."""
 
@@ -34,6 +37,8 @@ class LoadSignals:
         self._clock = clock
         self._readings: deque[_Reading] = deque()
         self._pace = 0.0
+        self._queue_s = 0.0
+        self._kv_used = 0.0
 
     def read(self, load: EngineLoad) -> ReplicaSignals:
         """Signals of this moment. Before the engine has computed anything, what waits takes no known time: 0."""
@@ -53,11 +58,16 @@ class LoadSignals:
             # Full steps do more work per second than small ones: the best of late is what it can do.
             pace = (now.work_done - before.work_done) / (now.busy_s - before.busy_s)
             self._pace = max(self._pace, pace)
-        elapsed_s = now.at_s - before.at_s
+        keep = math.exp((last_s - now.at_s) / SMOOTH_S)
+        queue_s = load.queued_work / self._pace if self._pace else 0.0
         slots_used = load.num_running / load.kv_slots if load.kv_slots else 0.0
+        self._queue_s = queue_s + keep * (self._queue_s - queue_s)
+        kv_used = max(load.kv_used, slots_used)
+        self._kv_used = kv_used + keep * (self._kv_used - kv_used)
+        elapsed_s = now.at_s - before.at_s
         return ReplicaSignals(
-            queue_s=load.queued_work / self._pace if self._pace else 0.0,
-            kv_used=max(load.kv_used, slots_used),
+            queue_s=self._queue_s,
+            kv_used=self._kv_used,
             misses_per_s=(now.misses - before.misses) / elapsed_s if elapsed_s > 0 else 0.0,
             first_token_p99_s=load.first_token_p99_s,
         )

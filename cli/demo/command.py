@@ -18,6 +18,7 @@ from cli.demo.story import Story
 from cli.errors import EXIT_FAILED
 from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
+from cli.replicas import ReplicaRange
 from cli.serving import local_settings, logical_cpus
 from cli.settings import RegistryOption, S3Endpoint
 from cli.train import read_specification
@@ -48,7 +49,7 @@ def demo(
     settings = local_settings(
         None,
         base=base,
-        replicas=_REPLICAS,
+        replicas=ReplicaRange(_REPLICAS, _REPLICAS),
         storage={"registry": registry, "s3_endpoint_url": s3_endpoint},
         serve={"port": 0},
     )

@@ -50,7 +50,13 @@ def test_the_promised_commands_exist(flora: Flora) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["no-such-command"], ["up", "--replicas", "0"], ["chat"], ["train", "missing.yaml"]],
+    [
+        ["no-such-command"],
+        ["up", "--replicas", "0"],
+        ["up", "--replicas", "4..1"],
+        ["chat"],
+        ["train", "missing.yaml"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(flora: Flora, arguments: list[str]) -> None:
     assert flora(*arguments, code=2).stdout == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from deployments.replica_threads import replica_threads
 from deployments.settings import ServeSettings, Settings
@@ -41,3 +42,13 @@ def test_cores_are_divided_by_the_replicas_that_can_be_on_the_machine(
 
 def test_what_the_settings_name_is_what_is_used() -> None:
     assert replica_threads(settings(4, 1.0, threads=6), usable_cpus=2, node_cpus=2) == 6
+
+
+def test_a_replica_of_a_number_that_varies_leaves_room_for_as_many_as_there_may_be() -> None:
+    serve = ServeSettings(min_replicas=1, max_replicas=4, cpus_per_replica=0.5)
+    assert replica_threads(Settings(serve=serve), usable_cpus=8, node_cpus=8) == 2
+
+
+def test_a_number_that_varies_downwards_is_refused() -> None:
+    with pytest.raises(ValidationError, match="max_replicas is less than min_replicas"):
+        ServeSettings(min_replicas=3, max_replicas=2)

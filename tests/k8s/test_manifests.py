@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from deployments.app import grace_s
 from deployments.settings import Settings
 from tests.k8s.crds import crd_folder, errors, read_schema
 
@@ -150,12 +151,25 @@ def test_the_budget_and_the_policy_select_the_pods_they_are_for() -> None:
     assert policy <= worker.items() and policy <= head.items()
 
 
-def test_replicas_fit_the_workers_they_are_meant_for() -> None:
+def test_there_are_workers_for_as_many_replicas_as_there_may_be() -> None:
     serve = Settings(**serve_config()["applications"][0]["args"]).serve
     (group,) = only("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     cpus = float(group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
-    assert group["replicas"] >= serve.max_replicas
-    assert cpus > serve.cpus_per_replica, "the ingress needs a share as well"
+    assert group["minReplicas"] == group["replicas"] == serve.min_replicas
+    assert group["maxReplicas"] == serve.max_replicas > serve.min_replicas
+    assert serve.cpus_per_replica < cpus < 2 * serve.cpus_per_replica, (
+        "one replica a worker, and a share for the ingress"
+    )
+
+
+def test_workers_come_and_go_with_replicas_and_none_is_taken_from_under_its_answers() -> None:
+    settings = Settings(**serve_config()["applications"][0]["args"])
+    cluster = only("RayService")["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"]["idleTimeoutSeconds"] > 0
+    assert cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= grace_s(settings)
 
 
 @pytest.mark.parametrize("kind", ["RayService", "RayJob"])
