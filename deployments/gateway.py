@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 
 from deployments.errors import ReplicaLostError
+from deployments.previews import Previews, PreviewStream
 from storage.errors import FloraError, OverloadedError
 from workers.engine.request import EngineRequest, RequestOutput
 
@@ -24,6 +27,14 @@ class ReplicaOutputs:
 
     replica_id: str
     outputs: tuple[RequestOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewsOf:
+    """A call for one replica and no other: an ingress wants to see its running requests there."""
+
+    replica_id: str
+    reader: str  # an ingress
 
 
 class EngineGateway(Protocol):
@@ -54,6 +65,9 @@ class ServeGateway:
 
     def __init__(self, handle: Any) -> None:
         self._generate = handle.options(method_name="generate", stream=True)
+        self._open_previews = handle.options(method_name="previews", stream=True)
+        self._reader = uuid.uuid4().hex
+        self._previews = Previews(self._previews_of)
         self._ping = handle.options(method_name="ping")
 
     async def generate(
@@ -61,21 +75,50 @@ class ServeGateway:
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         # In a context of its own, so that Serve gives the call an id of its own: its router finds waiting calls by
         # the id of the HTTP request they belong to, and of several with one id it forgets all but the first.
-        response = Context().run(self._generate.remote, request, avoided, is_whole)
-        is_over = False
+        reader = "" if is_whole else self._reader
+        response = Context().run(self._generate.remote, request, avoided, True, reader)
+        with _watched(response) as call:
+            async with aclosing(self._batches(request, response, is_whole)) as batches:
+                async for batch in batches:
+                    call.is_over = batch.outputs[-1].finish_reason is not None
+                    yield batch
+            call.is_over = True
+
+    async def _batches(
+        self, request: EngineRequest, response: Any, is_whole: bool
+    ) -> AsyncGenerator[ReplicaOutputs, None]:
+        """The two batches of a call; between them, unless it is whole, what previews show of the second one."""
+        first: ReplicaOutputs | None = await anext(response, None)
+        if first is not None:
+            yield first
+        if first is None or first.outputs[-1].finish_reason is not None:
+            return
+        if is_whole:
+            last = await anext(response, None)
+            if last is not None:
+                yield last
+            return
+        listener = self._previews.listen(first.replica_id, request.request_id)
+        call: asyncio.Future[ReplicaOutputs | None] = asyncio.ensure_future(anext(response, None))
+        call.add_done_callback(lambda _: listener.wake())
         try:
-            async for batch in response:
-                is_over = batch.outputs[-1].finish_reason is not None
-                yield batch
-            is_over = True
-        except RequestCancelledError:
-            raise asyncio.CancelledError from None
-        except (RayError, RayServeException) as error:
-            is_over = True
-            raise _ours(error) from error
+            while not call.done():
+                outputs = await listener.take()
+                if outputs:
+                    yield replace(first, outputs=outputs)
+            last = call.result()
+            if last is not None:
+                yield replace(last, outputs=last.outputs[listener.num_taken :])
         finally:
-            if not is_over:
-                response.cancel()
+            call.cancel()
+            self._previews.forget(request.request_id)
+
+    async def _previews_of(self, replica_id: str) -> PreviewStream:
+        response = self._open_previews.remote(PreviewsOf(replica_id, self._reader))
+        with _watched(response) as call:
+            async for previews in response:
+                yield previews
+            call.is_over = True
 
     async def is_anyone_there(self) -> bool:
         try:
@@ -84,8 +127,29 @@ class ServeGateway:
             return False
 
 
-def _ours(error: Exception) -> FloraError:
+@dataclass(slots=True)
+class _Call:
+    is_over: bool = False
+
+
+@contextmanager
+def _watched(response: Any) -> Iterator[_Call]:
+    """A call that is left before it is over is cancelled at the replica. Ray's errors become ours."""
+    call = _Call()
+    try:
+        yield call
+    except (RayError, RayServeException) as error:
+        call.is_over = True
+        raise _ours(error) from error
+    finally:
+        if not call.is_over:
+            response.cancel()
+
+
+def _ours(error: Exception) -> BaseException:
     """A Ray error as one of ours. What failed in the replica's own code stays an internal error."""
+    if isinstance(error, RequestCancelledError):
+        return asyncio.CancelledError()
     if isinstance(error, BackPressureError):
         return OverloadedError("too many requests are waiting; try again in a moment")
     if isinstance(error, RayTaskError):

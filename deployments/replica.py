@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from functools import partial
 
 import ray
@@ -13,10 +14,11 @@ from ray import serve
 
 from cluster.actor import PlacementSpec
 from cluster.table import ReplicaOrders, ReplicaReport
-from deployments.gateway import ReplicaOutputs
+from deployments.gateway import PreviewsOf, ReplicaOutputs
 from deployments.heartbeat import Heartbeat
 from deployments.load_signals import LoadSignals
 from deployments.metrics.replica import replica_figures
+from deployments.previews import PreviewStream
 from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
 from deployments.settings import Settings
@@ -55,11 +57,18 @@ class EngineReplica:
         Heartbeat(spec, self._report, self._obey).start()
 
     async def generate(
-        self, request: EngineRequest, avoided: str = "", is_whole: bool = False
+        self, request: EngineRequest, avoided: str, is_whole: bool, reader: str
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         """See `RequestStreams.generate`. `avoided` is for `AdapterRouter`, which has read it by now."""
-        async for batch in self._streams.generate(request, is_whole):
+        async for batch in self._streams.generate(request, is_whole, reader):
             yield batch
+
+    async def previews(self, wanted: PreviewsOf) -> PreviewStream:
+        """See `RequestStreams.previews`; nothing when another replica was meant."""
+        if wanted.replica_id == self._replica_id:
+            async with aclosing(self._streams.previews(wanted.reader)) as stream:
+                async for previews in stream:
+                    yield previews
 
     async def ping(self) -> bool:
         return self._client.is_alive()

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from deployments.gateway import ReplicaOutputs
+from deployments.previews import PreviewBox, PreviewStream
 from storage.errors import FloraError
 from workers.engine.client import EngineClient
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
@@ -20,12 +22,20 @@ class _Inbox:
     def __init__(self) -> None:
         self._outputs: list[RequestOutput] = []
         self._arrived = asyncio.Event()
-        self.waits_for_end = False
+        self._waits_for_end = False
+        self._box: PreviewBox | None = None
 
     def put(self, output: RequestOutput) -> None:
         self._outputs.append(output)
-        if output.finish_reason is not None or not self.waits_for_end:
+        if output.finish_reason is not None or not self._waits_for_end:
             self._arrived.set()
+        elif self._box is not None:
+            self._box.put(output)
+
+    def wait_for_end(self, box: PreviewBox | None) -> None:
+        """From now on `take` waits for the end; what comes before it is shown in `box` as well."""
+        self._waits_for_end = True
+        self._box = box
 
     async def take(self) -> tuple[RequestOutput, ...]:
         """All that is there, at least one: a slow reader gets several steps at once."""
@@ -47,20 +57,24 @@ class RequestStreams:
         self._client = client
         self._replica_id = replica_id
         self._inboxes: dict[str, _Inbox] = {}
+        self._boxes: dict[str, PreviewBox] = {}  # by reader
         self._loop: asyncio.AbstractEventLoop | None = None
         client.start(self._on_step)
 
     async def generate(
-        self, request: EngineRequest, is_whole: bool = False
+        self, request: EngineRequest, is_whole: bool = False, reader: str = ""
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         """Run a request; the last batch has a finish reason. A refusal is an output too, never an exception.
 
-        With `is_whole` there are at most two batches: what came first, and all the rest.
-
         Closed or cancelled early, it aborts the request in the engine. One event loop for all requests.
+
+        Args:
+            is_whole: at most two batches: what came first, and all the rest.
+            reader: in whose `previews` the rest of a whole answer appears as it comes.
         """
         self._loop = asyncio.get_running_loop()
         inbox = _Inbox()
+        box = self._open_box(reader, request.request_id) if reader else None
         is_over = True
         try:
             try:
@@ -81,13 +95,38 @@ class RequestStreams:
             while not is_over:
                 outputs = await inbox.take()
                 is_over = outputs[-1].finish_reason is not None
-                inbox.waits_for_end = is_whole
+                if is_whole:
+                    inbox.wait_for_end(box)
                 yield self._batch(*outputs)
         finally:
             if self._inboxes.get(request.request_id) is inbox:
                 del self._inboxes[request.request_id]
             if not is_over:
                 self._client.abort(request.request_id)
+            if box is not None:
+                box.close(request.request_id)
+                self._tidy(reader)
+
+    async def previews(self, reader: str) -> PreviewStream:
+        """What comes for all requests of this reader, until there has been none for a while."""
+        box = self._boxes.setdefault(reader, PreviewBox())
+        try:
+            async with aclosing(box.stream()) as stream:
+                async for previews in stream:
+                    yield previews
+        finally:
+            self._tidy(reader)
+
+    def _open_box(self, reader: str, request_id: str) -> PreviewBox:
+        box = self._boxes.setdefault(reader, PreviewBox())
+        box.open(request_id)
+        return box
+
+    def _tidy(self, reader: str) -> None:
+        """Forget a reader nobody reads as, and nothing is computed for."""
+        box = self._boxes.get(reader)
+        if box is not None and box.is_idle:
+            del self._boxes[reader]
 
     def _batch(self, *outputs: RequestOutput) -> ReplicaOutputs:
         return ReplicaOutputs(self._replica_id, outputs)

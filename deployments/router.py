@@ -15,6 +15,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from cluster.actor import PlacementSpec
 from cluster.lost_replicas import LostReplicas
 from cluster.routing import Routing
+from deployments.gateway import PreviewsOf
 from deployments.table_poller import shared_view
 from workers.engine.request import EngineRequest
 
@@ -34,6 +35,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        meant = _meant(pending_request)
+        if meant in by_id:
+            return [[by_id[meant]]]
         request = _engine_request(pending_request)
         version = request.adapters.version if request else None
         work = request.work if request else 0.0
@@ -76,6 +80,13 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
 def _engine_request(pending: PendingRequest | None) -> EngineRequest | None:
     if pending is not None and pending.args and isinstance(pending.args[0], EngineRequest):
         return pending.args[0]
+    return None
+
+
+def _meant(pending: PendingRequest | None) -> str | None:
+    """The one replica a call is for, if it is for one. One that is gone is stood in for by any, which says nothing."""
+    if pending is not None and pending.args and isinstance(pending.args[0], PreviewsOf):
+        return pending.args[0].replica_id
     return None
 
 
