@@ -147,7 +147,6 @@ def test_a_whole_answer_needs_two_messages_and_no_previews() -> None:
     "loses", [lambda number: True, lambda number: number == 3, lambda number: number % 2 == 0]
 )
 def test_what_previews_lose_comes_with_the_call_in_order_and_once(
-    is_read: bool = False
     loses: Callable[[int], bool],
 ) -> None:
     async def test() -> None:

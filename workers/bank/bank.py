@@ -183,7 +183,8 @@ class AdapterBank:
             self.modules[path].check(path, module_rows)
             if module_rows.magnitude_O is not None and self._base_weight is None:
                 raise AdapterRefusedError(
-                    f"{path} has a magnitude (DoRA), and this bank has no base weights to measure it by", param=path
+                    f"{path} has a magnitude (DoRA), and this bank has no base weights to measure it by",
+                    param=path,
                 )
         modules = {path: self.modules[path].effective(one) for path, one in rows.modules.items()}
         rows = replace(rows, modules=modules)
