@@ -12,11 +12,12 @@ from rich.table import Column, Table
 
 from cli.bases import BUILT_IN
 from cli.console import AsJson, err, format_bytes, out, print_json, short
-from cli.running import find_running
-from cli.settings import RegistryOption, S3Endpoint, base_directory, base_name, storage_settings
-from storage.errors import UnknownModelError
-from storage.identity import DEFAULT_ALIAS, DEFAULT_TENANT, AdapterName
-from storage.manifest import AliasRecord, Manifest
+from cli.settings import RegistryOption, S3Endpoint, base_facts, storage_settings
+from cli.upkeep import gc, import_, verify
+from storage.errors import InvalidRequestError, UnknownModelError
+from storage.identity import DEFAULT_ALIAS, DEFAULT_TENANT, AdapterName, AdapterVersion
+from storage.index_entry import AdapterEntry
+from storage.manifest import Manifest
 from storage.registry import Registry
 from storage.stores import open_store
 
@@ -28,34 +29,45 @@ Tenant = Annotated[str, typer.Option(help="Whose adapters.")]
 
 @app.command()
 def ls(
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    after: Annotated[str | None, typer.Option(help="Only names that come after this one.")] = None,
     tenant: Tenant = DEFAULT_TENANT,
     registry: RegistryOption = None,
     s3_endpoint: S3Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the adapters.
+    """List the adapters, in order of their names.
 
-    Example: [bold]flora adapters ls[/]
+    Example: [bold]flora adapters ls --limit 50 --after captain[/]
     """
     store = _open(registry, s3_endpoint)
-    found = [
-        _summary(name, store.versions(name), store.aliases(name)) for name in store.names(tenant)
-    ]
+    # One more than is shown tells whether there is more.
+    listed = store.list(tenant, limit=None if limit is None else limit + 1, after=after)
+    bad = store.index().quarantined
+    found = [_listed(name, entry, bad) for name, entry in listed.items()]
+    has_more = limit is not None and len(found) > limit
+    found = found[:limit]
     if as_json:
         print_json(found)
         return
-    table = Table(_whole("adapter"), "aliases", "versions", "family", "rank", "size")
+    if not found:
+        out.print("no adapters yet: flora train examples/demo.yaml" if after is None else "no more")
+        return
+    table = Table(_whole("adapter"), "aliases", "versions", "family", "rank", "size", "pinned")
     for adapter in found:
         newest = adapter["versions"][-1]
         table.add_row(
             adapter["name"],
-            _aliases(adapter["aliases"]),
+            _aliases(adapter["aliases"], bad),
             str(len(adapter["versions"])),
             newest["family"],
             str(newest["rank"]),
             format_bytes(newest["num_bytes"]),
+            str(adapter["pinned_copies"] or ""),
         )
-    out.print(table if found else "no adapters yet: flora train examples/demo.yaml")
+    out.print(table)
+    if has_more:
+        err.print(f"There are more: flora adapters ls --limit {limit} --after {found[-1]['name']}")
 
 
 @app.command()
@@ -66,24 +78,38 @@ def show(
     s3_endpoint: S3Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show every version of an adapter, oldest first.
+    """Show every version of an adapter, oldest first, and what its aliases meant before.
 
     Example: [bold]flora adapters show captain[/]
     """
     store = _open(registry, s3_endpoint)
     adapter = AdapterName(tenant, name)
-    found = _summary(adapter, store.versions(adapter), store.aliases(adapter))
-    if not found["versions"]:
+    manifests, aliases = store.versions(adapter), store.aliases(adapter)
+    if not manifests:
         raise UnknownModelError(f"the adapter {name!r} does not exist", param="name")
+    bad, pinned = store.quarantined(), store.pinned_copies(adapter)
     if as_json:
-        print_json(found)
+        print_json(
+            {
+                "name": name,
+                "tenant": tenant,
+                "aliases": {alias: record.version for alias, record in sorted(aliases.items())},
+                "history": {
+                    alias: [move.model_dump() for move in record.moves]
+                    for alias, record in sorted(aliases.items())
+                },
+                "pinned_copies": pinned,
+                "versions": [_version(manifest, bad) for manifest in manifests],
+            }
+        )
         return
     table = Table(_whole("version"), "aliases", "family", "rank", "modules", "size", "made", "from")
-    for version in found["versions"]:
-        aliases = [alias for alias, of in found["aliases"].items() if of == version["version"]]
+    for manifest in manifests:
+        version = _version(manifest, bad)
+        names = [alias for alias, record in aliases.items() if record.version == manifest.version]
         table.add_row(
-            short(version["version"]),
-            ", ".join(aliases),
+            short(manifest.version),
+            ", ".join(sorted(names)),
             version["family"],
             str(version["rank"]),
             str(version["modules"]),
@@ -92,13 +118,24 @@ def show(
             version["source"],
         )
     out.print(table)
+    for alias, record in sorted(aliases.items()):
+        before = " ← ".join(short(move.version) for move in record.moves)
+        out.print(f"{alias}: {before}  ({record.generation} moves)", soft_wrap=True)
+    if pinned:
+        out.print(f"pinned: {pinned} replica(s) hold it whatever is asked for")
+    for manifest in manifests:
+        if manifest.version in bad:
+            err.print(
+                f"[bold red]In quarantine:[/] {short(manifest.version)}: {bad[manifest.version]}",
+                soft_wrap=True,
+            )
 
 
 @app.command()
 def push(
     name: Name,
-    directory: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, help="An adapter as PEFT saves it.")
+    source: Annotated[
+        str, typer.Argument(help="An adapter as PEFT saves it: a directory or s3://bucket/prefix.")
     ],
     base: Annotated[
         str | None, typer.Option(help=f"The base model it was made for. ({BUILT_IN})")
@@ -113,25 +150,24 @@ def push(
 
     Example: [bold]flora adapters push captain ./captain-adapter --alias prod[/]
     """
-    from storage.adapter_directory import read_directory
-    from storage.base_checkpoint import read_base_facts
+    from storage.adapter_source import open_source
     from storage.publishing import publish_adapter
 
     settings = storage_settings(registry, s3_endpoint)
+    files = open_source(source, settings).read("")
     store = Registry(open_store(settings))
-    source = base or _served_base() or BUILT_IN
-    base_dir = base_directory(source, settings)
+    facts = base_facts(base, settings)
     with err.status("checking and publishing"):
         manifest = publish_adapter(
             store,
             AdapterName(tenant, name),
-            read_directory(directory),
-            read_base_facts(base_dir, base_name(source, base_dir)),
+            files,
+            facts,
             alias=alias,
             max_bytes=settings.max_adapter_bytes,
         )
     if as_json:
-        print_json({"name": name, "alias": alias, **_version(manifest)})
+        print_json({"name": name, "alias": alias, **_version(manifest, {})})
         return
     for warning in manifest.provenance.warnings:
         err.print(f"[yellow]Note:[/] {warning}")
@@ -168,57 +204,110 @@ def pull(
 def alias(
     name: Name,
     alias: Annotated[str, typer.Argument(help="The alias to move, or to make.")],
-    version: Annotated[str, typer.Argument(help="A version, or an alias that means it now.")],
+    version: Annotated[
+        str | None, typer.Argument(help="A version, or an alias that means it now.")
+    ] = None,
+    back: Annotated[
+        bool, typer.Option("--back", help="To what it meant before; twice undoes it.")
+    ] = False,
     tenant: Tenant = DEFAULT_TENANT,
     registry: RegistryOption = None,
     s3_endpoint: S3Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Let an alias mean a version; moving it back is a rollback.
+    """Let an alias mean a version, or roll it back.
 
     Example: [bold]flora adapters alias captain prod 3f2a9c41d07b[/]
+    Example: [bold]flora adapters alias captain prod --back[/]
     """
+    if back == (version is not None):
+        raise InvalidRequestError("give either a version or --back", param="version")
     store = _open(registry, s3_endpoint)
     adapter = AdapterName(tenant, name)
-    record = store.move_alias(adapter, alias, store.resolve(adapter, version))
+    if version is None:
+        record = store.roll_back(adapter, alias)
+    else:
+        record = store.move_alias(adapter, alias, store.resolve(adapter, version))
     if as_json:
-        print_json({"name": name, "alias": alias, "version": record.version})
+        print_json(
+            {
+                "name": name,
+                "alias": alias,
+                "version": record.version,
+                "generation": record.generation,
+            }
+        )
     else:
         out.print(f"{name}@{alias} is now {record.version}", soft_wrap=True)
 
 
 @app.command()
 def rm(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="NAME, or NAME@version for one version of it.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     tenant: Tenant = DEFAULT_TENANT,
     registry: RegistryOption = None,
     s3_endpoint: S3Endpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Delete an adapter with all its versions and aliases.
+    """Delete an adapter with all its versions and aliases, or one version that no alias means.
+
+    The files go with the next [bold]flora adapters gc[/] after the grace period.
 
     Example: [bold]flora adapters rm captain --yes[/]
     """
     store = _open(registry, s3_endpoint)
+    name, at, selector = name.partition("@")
     adapter = AdapterName(tenant, name)
+    version = store.find_version(adapter, selector) if at else None
     if not yes:
         count = len(store.versions(adapter))
-        typer.confirm(f"Delete {name} with {count} version(s)?", abort=True, err=True)
-    store.delete(adapter)
-    if as_json:
-        print_json({"deleted": name})
+        what = f"{name} with {count} version(s)" if version is None else f"{name}@{short(version)}"
+        typer.confirm(f"Delete {what}?", abort=True, err=True)
+    if version is None:
+        store.delete(adapter)
     else:
-        out.print(f"deleted {name}")
+        store.delete_version(adapter, version)
+    if as_json:
+        print_json({"deleted": name, "version": version})
+    else:
+        out.print(f"deleted {name}" if version is None else f"deleted {name}@{short(version)}")
+
+
+@app.command()
+def pin(
+    name: Name,
+    copies: Annotated[int, typer.Option(min=1, help="On how many replicas at least.")] = 1,
+    off: Annotated[bool, typer.Option("--off", help="Take the pin away.")] = False,
+    tenant: Tenant = DEFAULT_TENANT,
+    registry: RegistryOption = None,
+    s3_endpoint: S3Endpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep an adapter on replicas whether or not anybody asks for it.
+
+    Example: [bold]flora adapters pin captain --copies 2[/]
+    """
+    store = _open(registry, s3_endpoint)
+    adapter = AdapterName(tenant, name)
+    if off:
+        store.unpin(adapter)
+    else:
+        store.pin(adapter, copies)
+    pinned = 0 if off else copies
+    if as_json:
+        print_json({"name": name, "pinned_copies": pinned})
+    else:
+        out.print(f"{name} is pinned to {pinned} replica(s)" if pinned else f"{name} is not pinned")
+
+
+app.command("import")(import_)
+app.command("gc")(gc)
+app.command("verify")(verify)
 
 
 def _open(registry: str | None, s3_endpoint: str | None) -> Registry:
     return Registry(open_store(storage_settings(registry, s3_endpoint)))
-
-
-def _served_base() -> str | None:
-    running = find_running()
-    return None if running is None else str(running.settings["engine"]["base"])
 
 
 def _parsed(name: str, tenant: str) -> tuple[AdapterName, str]:
@@ -226,18 +315,31 @@ def _parsed(name: str, tenant: str) -> tuple[AdapterName, str]:
     return AdapterName(tenant, name), selector or DEFAULT_ALIAS
 
 
-def _summary(
-    name: AdapterName, versions: list[Manifest], aliases: Mapping[str, AliasRecord]
+def _listed(
+    name: AdapterName, entry: AdapterEntry, bad: Mapping[AdapterVersion, str]
 ) -> dict[str, Any]:
     return {
         "name": name.name,
         "tenant": name.tenant,
-        "aliases": {alias: record.version for alias, record in sorted(aliases.items())},
-        "versions": [_version(manifest) for manifest in versions],
+        "aliases": {alias: meant.version for alias, meant in sorted(entry.aliases.items())},
+        "pinned_copies": entry.pinned_copies,
+        "versions": [
+            {
+                "version": summary.version,
+                "family": summary.family,
+                "rank": summary.rank,
+                "num_bytes": summary.num_bytes,
+                "created_s": summary.created_s,
+                "source": summary.source,
+                "base": summary.base_name,
+                "quarantined": bad.get(summary.version),
+            }
+            for summary in entry.versions
+        ],
     }
 
 
-def _version(manifest: Manifest) -> dict[str, Any]:
+def _version(manifest: Manifest, bad: Mapping[AdapterVersion, str]) -> dict[str, Any]:
     return {
         "version": manifest.version,
         "family": manifest.content.family,
@@ -247,6 +349,7 @@ def _version(manifest: Manifest) -> dict[str, Any]:
         "created_s": manifest.provenance.created_s,
         "source": manifest.provenance.source,
         "base": manifest.provenance.base_name,
+        "quarantined": bad.get(manifest.version),
     }
 
 
@@ -255,5 +358,8 @@ def _whole(header: str) -> Column:
     return Column(header, no_wrap=True)
 
 
-def _aliases(aliases: Mapping[str, str]) -> str:
-    return ", ".join(f"{alias} → {short(version)}" for alias, version in aliases.items())
+def _aliases(aliases: Mapping[str, AdapterVersion], bad: Mapping[AdapterVersion, str]) -> str:
+    return ", ".join(
+        f"{alias} → {short(version)}" + " [red](quarantined)[/]" * (version in bad)
+        for alias, version in aliases.items()
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from deployments.settings import Settings, read_settings
 from storage import base_download
 from storage.config import StorageSettings
 from storage.gguf_file import SUFFIX as GGUF
+
+if TYPE_CHECKING:
+    from storage.base_checkpoint import BaseFacts
 
 Config = Annotated[
     Path | None,
@@ -66,6 +69,17 @@ def base_directory(name: str, storage: StorageSettings) -> Path:
         with err.status("looking for the base model") as progress:
             directory = pull_base(source, report=progress.update)
     return directory
+
+
+def base_facts(base: str | None, storage: StorageSettings) -> BaseFacts:
+    """Of the base model that adapters are for: the one named, else the running cluster's, else the built-in one."""
+    from storage.base_checkpoint import read_base_facts
+
+    running = find_running()
+    served = None if running is None else str(running.settings["engine"]["base"])
+    source = base or served or BUILT_IN
+    directory = base_directory(source, storage)
+    return read_base_facts(directory, base_name(source, directory))
 
 
 def base_name(source: str, directory: Path) -> str:

@@ -90,10 +90,13 @@ def update_entry(store: ObjectStore, name: AdapterName) -> None:
     raise OverloadedError("too many changes of the registry's index at once")
 
 
-def reconcile(store: ObjectStore) -> list[AdapterName]:
+def reconcile(store: ObjectStore, *, anew: bool = False) -> list[AdapterName]:
     """Compare one listing of all records with the index and put right what differs; returns whose entry was wrong.
 
     Makes the whole index when there is none. Adapters with damaged records keep the entry they have.
+
+    Args:
+        anew: make every entry from its records, also where the listing shows no difference.
     """
     # Before the listing: an entry that is still the same when it is written was not made from newer records.
     keys = [each.key for each in store.list(layout.SHARDS) if layout.is_shard(each.key)]
@@ -106,15 +109,15 @@ def reconcile(store: ObjectStore) -> list[AdapterName]:
         key = layout.shard(name)
         entry = found[key].entry(name) if key in found else None
         listed = objects.get(name, [])
-        if entry is None or not entry.is_made_from(name, listed):
+        if anew or entry is None or not entry.is_made_from(name, listed):
             wrong.setdefault(key, {})[name] = listed
 
-    def put_right(key: str) -> None:
-        _put_right(store, key, found.get(key, _NO_SHARD), wrong[key])
+    def put_right(key: str) -> list[AdapterName]:
+        return _put_right(store, key, found.get(key, _NO_SHARD), wrong[key], anew)
 
-    parallel(put_right, sorted(wrong))
+    changed = parallel(put_right, sorted(wrong))
     swap(store, layout.INDEX_IS_WHOLE, WholeMark, lambda old: None if old else WholeMark())
-    return sorted(name for names in wrong.values() for name in names)
+    return sorted(name for names in changed for name in names)
 
 
 def claim_comparison(store: ObjectStore, now_s: float, period_s: float) -> bool:
@@ -195,7 +198,9 @@ def _put_right(
     key: str,
     before: _Found,
     wrong: Mapping[AdapterName, Sequence[ObjectInfo]],
-) -> None:
+    anew: bool,
+) -> list[AdapterName]:
+    """Returns whose entries were changed."""
     for attempt in range(ATTEMPTS):
         found = _read(store, key)
         entries: dict[AdapterName, AdapterEntry | None] = {}
@@ -204,10 +209,14 @@ def _put_right(
             if old != before.entry(name):
                 continue  # whoever wrote it since knew more
             try:
-                entries[name] = make_entry(store, name, objects, old) if objects else None
+                fresh = make_entry(store, name, objects, old, rereads=anew) if objects else None
             except AdapterCorruptError as error:
                 _log.error("adapter %s keeps its entry in the index: %s", name, error.message)
-        if (not entries and found.shard is not None) or _write(store, key, found, entries):
-            return
+                continue
+            if fresh != old:
+                entries[name] = fresh
+        is_right = not entries and found.shard is not None
+        if is_right or _write(store, key, found, entries):
+            return list(entries)
         wait_after_lost_race(attempt)
     raise OverloadedError("too many changes of the registry's index at once")

@@ -89,12 +89,14 @@ def make_entry(
     name: AdapterName,
     objects: Iterable[ObjectInfo],
     old: AdapterEntry | None,
+    *,
+    rereads: bool = False,
 ) -> AdapterEntry:
     """The entry as the store has it now; equal to `old` where nothing changed, of the next revision where it did.
 
     Args:
         objects: the adapter's, listed before.
-        old: manifests of versions that it has are not read again.
+        old: manifests of versions that it has are not read again, unless `rereads`.
 
     Raises:
         AdapterCorruptError: a record other than a manifest is damaged.
@@ -116,7 +118,9 @@ def make_entry(
     there = [parsed[1] for key in listed if (parsed := layout.parse_manifest(key))]
     # An alias may have been moved, after the listing, to a version that is newer than the listing.
     meant = [alias.version for alias in aliases.values()]
-    known = {} if old is None else {summary.version: summary for summary in old.versions}
+    known = {}
+    if old is not None and not rereads:
+        known = {summary.version: summary for summary in old.versions}
     versions = _summaries(store, name, dict.fromkeys([*there, *meant]), tombstone, known)
     unreadable = set(there).difference(tombstone.versions, versions)
     stamps |= {key: listed[key] for key in (layout.manifest(name, each) for each in unreadable)}

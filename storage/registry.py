@@ -150,25 +150,11 @@ class Registry:
             AmbiguousModelError: several versions start like that.
             AdapterCorruptError: all that it could mean is in quarantine.
         """
-        record = None
-        if is_name(selector):
-            record = read(self._store, layout.alias(name, selector), AliasRecord)
-        tombstone = read_tombstone(self._store, name)
-        live = None if record is None else live_record(selector, record, tombstone)
-        if live is not None:
-            return self._intact(name, versions_of(live))
-        digits = selector.removeprefix(VERSION_PREFIX)
-        found: list[AdapterVersion] = []
-        if VERSION_START.fullmatch(digits):
-            found = list_versions(self._store, name, tombstone, digits)
-        if len(found) > 1:
-            raise AmbiguousModelError(
-                f"{len(found)} versions of adapter {name.name!r} start with {digits}; give more digits",
-                param="model",
-            )
-        if not found:
-            raise self._unknown(name, selector, tombstone)
-        return self._intact(name, found)
+        return self._intact(name, self._meant(name, selector))
+
+    def find_version(self, name: AdapterName, selector: str) -> AdapterVersion:
+        """The version a selector names, as `resolve` reads it, also one in quarantine."""
+        return self._meant(name, selector)[0]
 
     def manifest(self, name: AdapterName, version: AdapterVersion) -> Manifest:
         """Raises UnknownModelError when the adapter has no such version, or it was deleted."""
@@ -386,11 +372,11 @@ class Registry:
         record = Quarantine(reason=reason, since_s=self._clock())
         swap(self._store, key, Quarantine, lambda old: None if old else record)
         # After the record is written: a publisher that repairs the files from here on takes it away itself.
-        if self.is_undamaged(version):
+        is_damaged = not self.is_undamaged(version)
+        if not is_damaged:
             self._store.delete(key)
-            return False
         self._announce()
-        return True
+        return is_damaged
 
     def quarantined(self) -> dict[AdapterVersion, str]:
         """Every version in quarantine, and why."""
@@ -461,6 +447,28 @@ class Registry:
 
     def _was_swept(self, keys: Collection[str]) -> bool:
         return was_swept(self._store, keys, self._clock, self._sleep)
+
+    def _meant(self, name: AdapterName, selector: str) -> tuple[AdapterVersion, ...]:
+        """The version a selector names, and for an alias those it meant before, newest first."""
+        record = None
+        if is_name(selector):
+            record = read(self._store, layout.alias(name, selector), AliasRecord)
+        tombstone = read_tombstone(self._store, name)
+        live = None if record is None else live_record(selector, record, tombstone)
+        if live is not None:
+            return versions_of(live)
+        digits = selector.removeprefix(VERSION_PREFIX)
+        found: list[AdapterVersion] = []
+        if VERSION_START.fullmatch(digits):
+            found = list_versions(self._store, name, tombstone, digits)
+        if len(found) > 1:
+            raise AmbiguousModelError(
+                f"{len(found)} versions of adapter {name.name!r} start with {digits}; give more digits",
+                param="model",
+            )
+        if not found:
+            raise self._unknown(name, selector, tombstone)
+        return tuple(found)
 
     def _intact(self, name: AdapterName, versions: Sequence[AdapterVersion]) -> AdapterVersion:
         found = newest_good(versions, self._is_intact)
