@@ -51,6 +51,8 @@ NO_TORCH += [
     "storage.adapter_records",
     "storage.index",
     "storage.index_reader",
+    "storage.collection",
+    "storage.verification",
     "storage.base_checkpoint",
     "deployments.scaling_policy",  # runs in Serve's controller
 ]
