@@ -101,6 +101,7 @@ def serve(directory: Path, tell: Connection) -> None:
             base_id=BASE_ID,
             created_s=1,
             request_timeout_s=60.0,
+            replica_range=(1, 1),
             doorkeeper=Doorkeeper(LastGood(KeyRing, 60.0, "keys"), allows_anonymous=True),
             gateway=unused,
             codec=unused,

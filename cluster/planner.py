@@ -60,12 +60,18 @@ class PlacementPlanner:
         self._demand = DemandTracker(settings.demand_halflife_s, clock)
         self._copies: dict[AdapterVersion, _Copies] = {}
         self._placement = Placement()
+        self._rates: Mapping[AdapterVersion, float] = {}
         self._rankings = Rankings()
 
     @property
     def placement(self) -> Placement:
         """The last plan."""
         return self._placement
+
+    @property
+    def demand(self) -> Mapping[AdapterVersion, float]:
+        """Rank-weighted tokens per second of each version with demand, as the last plan saw it."""
+        return self._rates
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
         """Take one router's report of what it was asked for since its last one."""
@@ -93,6 +99,7 @@ class PlacementPlanner:
         """
         spaces, reserved = list(replicas), list(reserved)
         rates = {v: rate for v, rate in self._demand.rates().items() if v in facts}
+        self._rates = {version: rate.work for version, rate in rates.items()}
         self._count_copies(rates, len(spaces))
         wanted = {
             version: WantedAdapter(

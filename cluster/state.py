@@ -38,4 +38,6 @@ class ClusterState:
     prefetch: tuple[tuple[AdapterVersion, str], ...] = ()  # planned loads: version, replica id
     figures: Mapping[str, Figures] = field(default_factory=dict)
     """By replica id, also of replicas that left, and the manager's own; see `cluster.figures`."""
+    demand: Mapping[AdapterVersion, float] = field(default_factory=dict)
+    """Rank-weighted tokens per second, of what is asked for, by the last plan."""
     is_settled: bool = True  # false for the first seconds of a manager, which then moves no alias

@@ -30,6 +30,7 @@ class Api:
     base_id: str
     created_s: int  # when this ingress started, seconds since 1970
     request_timeout_s: float
+    replica_range: tuple[int, int]  # fewest and most engine replicas
     doorkeeper: Doorkeeper
     gateway: EngineGateway
     codec: TextCodec

@@ -12,17 +12,32 @@ from cluster.state import ClusterState
 from cluster.table import ReplicaReport
 from deployments.api import Admin, api_of
 from deployments.model_list import encode
-from deployments.models_api import json_response
+from deployments.models_api import Limit, json_response
+from deployments.residency import residency
 
 router = APIRouter(prefix="/v1", tags=["cluster"])
 
 
 @router.get("/cluster")
-async def show_cluster(request: Request, admin: Admin) -> Response:
-    """Replicas by adapters by tiers, each replica's work, and which alias does not serve what it should, and why."""
+async def show_cluster(request: Request, admin: Admin, limit: Limit = None) -> Response:
+    """Replicas by adapters by tiers, the most asked for first, and which alias does not serve what it should, and why.
+
+    `limit` is of `adapters`; everything else is complete.
+    """
     api = api_of(request)
-    state = await api.cluster_state()
-    return json_response(await asyncio.to_thread(lambda: encode(cluster_view(state))))
+    state, models = await api.cluster_state(), api.models.last
+
+    def body() -> bytes:
+        least, most = api.replica_range
+        return encode(
+            {
+                **cluster_view(state),
+                "replica_range": {"min": least, "max": most},
+                **residency(state, models, limit),
+            }
+        )
+
+    return json_response(await asyncio.to_thread(body))
 
 
 def cluster_view(state: ClusterState) -> dict[str, Any]:
@@ -30,7 +45,10 @@ def cluster_view(state: ClusterState) -> dict[str, Any]:
         "epoch": state.table.epoch,
         "base": state.table.base_id,
         "registry_error": state.registry_error,
-        "replicas": [_replica(report) for report in state.reports],
+        "replicas": [
+            {**_replica(report), "heard_s": state.heard_s.get(report.replica_id)}
+            for report in state.reports
+        ],
         "serving": [
             {"tenant": tenant, "name": name, "alias": alias, "version": version}
             for (tenant, name, alias), version in sorted(state.table.serving.items())
@@ -52,6 +70,7 @@ def cluster_view(state: ClusterState) -> dict[str, Any]:
         "failed": dict(state.failed),
         "failed_on": {version: dict(where) for version, where in state.failed_on.items()},
         "pinned": dict(state.pinned),
+        "is_settled": state.is_settled,
     }
 
 

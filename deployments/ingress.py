@@ -70,6 +70,7 @@ def http_app_builder(
                 base_id=base_id,
                 created_s=int(time.time()),
                 request_timeout_s=settings.serve.request_timeout_s,
+                replica_range=(settings.serve.min_replicas, settings.serve.max_replicas),
                 doorkeeper=Doorkeeper(keys, allows_anonymous=settings.serve.allow_anonymous),
                 gateway=ServeGateway(serve.get_deployment_handle(engine_name, app_name)),
                 codec=TextCodec.open(engine),

@@ -9,10 +9,12 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from cluster.published import Published, PublishedAdapter
-from storage.identity import SHARED_TENANT, AdapterName
+from storage.identity import SHARED_TENANT, AdapterName, AdapterVersion
+from storage.summary import VersionSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,20 @@ class ModelList:
     published: Published
     _entries: Mapping[AdapterName, ModelEntry] = field(default_factory=dict)
     _tenants: Mapping[str, Sequence[ModelEntry]] = field(default_factory=dict)  # sorted by id
+
+    @cached_property
+    def owners(self) -> Mapping[AdapterVersion, AdapterName]:
+        """Version → the adapter it is of; one of them when several have it."""
+        return {
+            summary.version: name
+            for name, adapter in self.published.adapters.items()
+            for summary in adapter.versions
+        }
+
+    def summary(self, name: AdapterName, version: AdapterVersion) -> VersionSummary | None:
+        adapter = self.published.adapters.get(name)
+        versions = adapter.versions if adapter is not None else ()
+        return next((each for each in versions if each.version == version), None)
 
     def find(self, tenant: str, name: str) -> PublishedAdapter | None:
         """The adapter a tenant means by a name: its own, else a shared one."""

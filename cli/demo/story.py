@@ -172,9 +172,10 @@ class Service:
         return examination
 
     def _show_placement(self) -> None:
-        cluster, adapters = self._client.get("/v1/cluster"), self._client.get("/v1/adapters")
-        mine = [one for one in adapters["data"] if one["id"] in self._versions]
-        self._console.print(cluster_view(cluster, mine))
+        cluster = self._client.get("/v1/cluster")
+        mine = [one for one in cluster["adapters"] if one["id"] in self._versions]
+        shown = {**cluster, "adapters": mine, "totals": {**cluster["totals"], "rows": len(mine)}}
+        self._console.print(cluster_view(shown, self._console.width))
         self._record["cluster"] = cluster
 
     def _chapter(self, title: str) -> None:

@@ -110,6 +110,7 @@ def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
         base_id=BASE_ID,
         created_s=1,
         request_timeout_s=60.0,
+        replica_range=(1, 1),
         doorkeeper=Doorkeeper(keys, allows_anonymous=settings.serve.allow_anonymous),
         gateway=gateway,
         codec=TextCodec.open(settings.engine),

@@ -97,6 +97,7 @@ def app_parts(**parts: Any) -> Api:
         base_id="base",
         created_s=1,
         request_timeout_s=1.0,
+        replica_range=(1, 1),
         doorkeeper=Doorkeeper(reading(KeyRing()), allows_anonymous=True),
         gateway=nothing,
         codec=nothing,
