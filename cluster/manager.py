@@ -253,6 +253,7 @@ class PlacementManager:
                 for version, replica_id in sorted(self.placement.prefetch)
                 if not self._replicas.have(version, (replica_id,))
             ),
+            demand=self._planner.demand,
             is_settled=self._is_settled,
         )
 
