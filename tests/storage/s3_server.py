@@ -36,7 +36,7 @@ class Failure:
 @dataclass
 class S3Server:
     """A running server. `failures` are the answers to the next requests; `requests` what was asked, by method;
-    `ranges` the parts of objects that were asked for.
+    `ranges` the parts of objects that were asked for. While `may_answer` is clear, requests wait.
     """
 
     application: _Application
@@ -44,6 +44,7 @@ class S3Server:
     failures: deque[Failure] = field(default_factory=deque)
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
+    may_answer: threading.Event = field(default_factory=threading.Event)
     # S3 decides each conditional write atomically; moto looks and then writes, so its requests must take turns.
     turn: threading.Lock = field(default_factory=threading.Lock)
     port: int = 0
@@ -52,6 +53,8 @@ class S3Server:
     def __call__(
         self, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
+        if not self.may_answer.wait(60):
+            raise TimeoutError("this server was never allowed to answer again")
         with self.turn:
             self.requests.append(environ["REQUEST_METHOD"])
             if "HTTP_RANGE" in environ:
@@ -75,6 +78,7 @@ class S3Server:
         server = make_server(
             "127.0.0.1", self.port, self, threaded=True, request_handler=MotoRequestHandler
         )
+        self.may_answer.set()
         self.port = server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -15,6 +15,7 @@ from storage.errors import (
     AdapterRefusedError,
     ContextLengthError,
     EngineLostError,
+    FailedVersion,
     FloraError,
     InvalidRequestError,
     OverloadedError,
@@ -22,6 +23,7 @@ from storage.errors import (
 from tests.workers.engine.small_engine import greedy, prompt, run, small_engine, version
 from tests.workers.engine.transports import (
     BROKEN,
+    FAR,
     REFUSED,
     Faults,
     Inbox,
@@ -243,6 +245,41 @@ def test_a_retired_adapters_rows_are_freed_once_no_request_uses_them(
     eventually(retire)
     client.submit(greedy("again", prompt(0, 4), old, max_tokens=2))
     assert inbox.wait_for_ends("again")["again"].reason is FinishReason.LENGTH
+
+
+def test_the_load_tells_what_routing_and_placement_go_by(
+    lasting: Started, client: EngineClient, inbox: Inbox
+) -> None:
+    before = client.load()
+    client.submit(greedy("refused", prompt(0, 4), REFUSED))
+    client.submit(greedy("base", prompt(0, 4), max_tokens=5))
+    for number in (3, 2, 1, 3):  # of rank 3, 2, 1: not all of them fit at a time
+        client.submit(greedy(f"r{number}", prompt(0, 4), version(number), max_tokens=5))
+        inbox.wait_for_ends(f"r{number}")
+        inbox.answers.pop(f"r{number}")
+    inbox.wait_for_ends("refused", "base")
+    eventually(lambda: client.load().misses >= before.misses + 3)
+    load = client.load()
+    assert load.kv_slots == 3 and load.kv_used == 0.0 == load.queued_work
+    assert load.first_token_p99_s > 0.0 and load.load_s > 0.0
+    assert load.load_errors > 0
+    assert FailedVersion(REFUSED, "adapter_refused", "a tensor is too long") in load.failed
+    assert BROKEN not in {one.version for one in load.failed}, "no fault of the version"
+    stages = {labels for name, labels in load.figures.histograms if name.endswith("stage_seconds")}
+    assert {("queue",), ("device",)} <= stages
+    assert load.is_registry_up
+    lasting.faults.begin("registry away")
+    eventually(lambda: not client.load().is_registry_up)
+    lasting.faults.end("registry away")
+    eventually(lambda: client.load().is_registry_up)
+
+
+def test_what_is_to_be_near_is_fetched_and_stays_off_the_device(client: EngineClient) -> None:
+    assert FAR not in client.load().host
+    client.prefetch([], frozenset(), [version(1), FAR, REFUSED])
+    eventually(lambda: FAR in client.load().host)
+    client.prefetch([], frozenset())
+    assert FAR not in client.load().device
 
 
 def test_stopping_ends_what_is_unfinished_as_lost_and_takes_no_more(fragile: Started) -> None:

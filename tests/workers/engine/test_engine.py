@@ -397,10 +397,13 @@ def test_load_counts_what_is_left_to_do(tiny_llama_dir: Path) -> None:
         engine.submit(
             EngineRequest(name, prompt(0, 4), SamplingParams(max_tokens=6), work_per_token=3.0)
         )
-    assert engine.load().work == 2 * (4 + 6) * 3
+    assert engine.load().work == engine.load().queued_work == 2 * (4 + 6) * 3
+    assert engine.load().kv_used == 0.0 == engine.load().first_token_p99_s
     engine.step()
     load = engine.load()
     assert (load.num_running, load.num_waiting, load.kv_slots_used) == (1, 1, 1)
     # Four prompt tokens computed and one made, which is still to be fed back.
     assert load.work == 2 * (4 + 6) * 3 - 4 * 3
+    assert load.queued_work == (4 + 6) * 3
+    assert 0.0 < load.kv_used <= 1.0 and load.first_token_p99_s > 0.0
     assert load.tokens_out == 1

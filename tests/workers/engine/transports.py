@@ -26,15 +26,20 @@ from workers.engine.client import EngineClient
 from workers.engine.request import StepOutputs
 
 WITHIN_S = 60.0
+FAR = version(4)
 REFUSED, BROKEN = version(7), version(8)  # one raises an error of ours, one an error of Python's
 
 
 class Tiers:
-    """Adapters 1, 2 and 3, FLoRA of rank 1, 2 and 3; what was fetched once is on the host."""
+    """Adapters 1, 2 and 3, FLoRA of rank 1, 2 and 3, on disk, and FAR, which is not; what was fetched once is on the
+    host. The registry is away while its file among the faults exists.
+    """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, faults: Path | None = None) -> None:
         shapes = projections(directory)
         self.adapters = {version(i): random_adapter(shapes, "flora", i, seed=i) for i in (1, 2, 3)}
+        self.adapters[FAR] = random_adapter(shapes, "flora", 1, seed=4)
+        self._faults = faults
         self._host: set[AdapterVersion] = set()
 
     def find_near(self, wanted: AdapterVersion) -> Fetched | None:
@@ -53,7 +58,7 @@ class Tiers:
         return frozenset({version(1), version(2), version(3)})
 
     def is_registry_up(self) -> bool:
-        return True
+        return self._faults is None or not (self._faults / "registry away").exists()
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,14 @@ class MakeTiers:
     def __call__(self) -> Tiers:
         if os.getpid() != self.pid:
             install(self.faults, setattr)
-        return Tiers(self.directory)
+        return Tiers(self.directory, self.faults)
 
 
 @dataclass(frozen=True)
 class Faults:
-    """A fault is on while its file exists: `stuck` steps wait, `failing` models raise, a `broken` engine dies."""
+    """A fault is on while its file exists: `stuck` steps wait, `failing` models raise, a `broken` engine dies, the
+    `registry away`.
+    """
 
     directory: Path
 
