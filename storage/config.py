@@ -26,10 +26,19 @@ class StorageSettings(BaseModel):
     s3_addressing: Literal["path", "virtual", "auto"] = "path"
     s3_timeout_s: float = Field(default=10.0, gt=0, le=300)
     cache_dir: Path = Field(
-        default=Path("~/.flora/cache"), description="Content-addressed disk cache of blobs."
+        default=Path("~/.flora/cache"),
+        description="Disk cache of adapters and bases, by content; replicas of one machine share it.",
     )
-    cache_bytes: int = Field(default=4 << 30, ge=1 << 20)
-    host_bytes: int = Field(default=512 << 20, ge=0, description="Parsed adapters kept in memory.")
+    cache_bytes: int = Field(
+        default=4 << 30,
+        ge=1 << 20,
+        description="Adapters on disk, for all replicas that share it; what was used longest ago goes first.",
+    )
+    host_bytes: int = Field(
+        default=512 << 20,
+        ge=0,
+        description="Parsed adapters in a replica's memory; what was used longest ago goes first.",
+    )
     max_adapter_bytes: int = Field(
         default=DEFAULT_MAX_ADAPTER_BYTES,
         ge=1,

@@ -30,6 +30,8 @@ from storage.records import decode, encode
 
 _CONTENT = "~content.json"
 _ABANDONED_AFTER_S = 3600.0
+_SHARED_AFTER_S = 1.0
+"""What others wrote counts in our budget after so long at the latest: listing the directory takes milliseconds."""
 _log = logging.getLogger(__name__)
 
 
@@ -106,7 +108,7 @@ class DiskCache:
     def _make_room(self, num_bytes: int) -> None:
         while True:
             with self._lock:
-                self._index.refresh()
+                self._index.refresh(_SHARED_AFTER_S)
                 is_enough = self._index.total_bytes + num_bytes <= self._max_bytes
                 version = None if is_enough else self._index.longest_unused()
             if version is None:

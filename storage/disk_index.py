@@ -29,6 +29,7 @@ class DiskIndex:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._changed_ns = 0  # the directory's time when it was listed; 0: list it again
+        self._refreshed_s = float("-inf")
         self._num_bytes: dict[AdapterVersion, int] = {}
         self._by_use: list[tuple[int, AdapterVersion]] = []  # a heap; times may be out of date
         self._versions: frozenset[AdapterVersion] | None = None
@@ -41,8 +42,12 @@ class DiskIndex:
             self._versions = frozenset(self._num_bytes)
         return self._versions
 
-    def refresh(self) -> None:
-        """Learn of what others wrote or removed."""
+    def refresh(self, max_age_s: float = 0.0) -> None:
+        """Learn of what others wrote or removed, unless that was done less than `max_age_s` ago."""
+        now_s = time.monotonic()
+        if now_s - self._refreshed_s < max_age_s:
+            return
+        self._refreshed_s = now_s
         try:
             changed_ns = self._root.stat().st_mtime_ns
             if changed_ns == self._changed_ns:

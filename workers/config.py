@@ -86,7 +86,12 @@ class EngineSettings(BaseModel):
         description="Rank rows the device holds in every module, for all adapters; 0: what memory_bytes leaves.",
     )
     bank_slots: int = Field(default=256, ge=1, description="Adapters the device holds at most.")
-    load_concurrency: int = Field(default=2, ge=1, le=64)
+    load_concurrency: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Loads of adapters at a time from this machine, and as many from the registry.",
+    )
     starvation_s: float = Field(
         default=5.0,
         gt=0,
