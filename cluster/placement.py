@@ -18,7 +18,7 @@ from storage.identity import AdapterVersion
 
 HOLDER_SLACK = 2.0
 """A present holder stays one up to this times the mean load: moving costs a load, imbalance only time."""
-INCUMBENT_BOOST = 1.5
+INCUMBENT_BOOST = 1.25
 """A placed adapter gives up its rows only to one worth this times as much per row."""
 MOVES_PER_TICK = 4
 

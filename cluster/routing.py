@@ -22,6 +22,9 @@ IDLE_PART = 0.75
 """Below this part of its slots a replica counts as idle: only its share of the work matters then."""
 LOAD_DREAD = 1.5
 """A load costs this times its seconds, for it also evicts something."""
+RANKING_DREAD = 0.3
+"""And this times its seconds more for each place down an adapter's own ranking: routers that cannot hear each other
+yet should choose the same replica for an adapter nobody has."""
 USUAL_LOAD_S = 0.1
 """Until a replica has loaded anything."""
 RANKED_CANDIDATES = 4
@@ -165,7 +168,7 @@ class Routing:
                 best = min(group, key=self._busy)
                 if self._is_free(best):
                     return [best]
-        if having and self._wait_s(best) <= self._load_s(best):
+        if having and self._wait_s(best) <= LOAD_DREAD * self._load_s(best):
             return [best]
         return self._cheapest(version, having, places, candidates)
 
@@ -263,9 +266,10 @@ class Routing:
         ranked = self._rankings.of(version, candidates)[:window]
         loading = [r for r in places.loading if r in candidates]
         costs = {r: self._wait_s(r) for r in having}
-        for replica_id in (*loading, *ranked):
+        for place, replica_id in enumerate(dict.fromkeys((*loading, *ranked))):
             if replica_id not in costs:
-                costs[replica_id] = self._wait_s(replica_id) + self._load_s(replica_id)
+                dread = LOAD_DREAD + RANKING_DREAD * place
+                costs[replica_id] = self._wait_s(replica_id) + dread * self._load_s(replica_id)
         if not costs:
             return []
         best = min(costs, key=costs.__getitem__)
@@ -282,8 +286,7 @@ class Routing:
         return max(0.0, before_it) * self._turn_s / known.slots
 
     def _load_s(self, replica_id: str) -> float:
-        """What loading an adapter is worth."""
-        return LOAD_DREAD * self._replicas.get(replica_id, _NOBODY).load_s
+        return self._replicas.get(replica_id, _NOBODY).load_s
 
 
 _NOBODY = _Known()
