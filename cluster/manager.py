@@ -304,7 +304,9 @@ class PlacementManager:
         is_shrinking = self._clock() < self._shrinks_until_s
         inputs = TickInputs(
             spaces=tuple(
-                ReplicaSpace(r, one.report.rows, one.device, self._health.unfit(r))
+                ReplicaSpace(
+                    r, one.report.rows, one.device, self._health.unfit(r), one.report.num_bytes
+                )
                 for r in self._replicas
                 for one in [self._replicas[r]]
             ),

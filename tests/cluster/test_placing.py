@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import ClusterSettings
-from cluster.placement import (
-    HOLDER_SLACK,
-    MOVES_PER_TICK,
-    Placement,
-    ReplicaSpace,
-    WantedAdapter,
-    copies_wanted,
-    place,
-)
+from cluster.placement import Placement, ReplicaSpace, WantedAdapter
+from cluster.placing import HOLDER_SLACK, MOVES_PER_TICK, copies_wanted, place
 from cluster.rendezvous import preference, weight
 from storage.identity import AdapterVersion, sha256_hex
 
