@@ -1,16 +1,21 @@
-"""Adapters published in a registry on this machine's disk: who they are, and how popular."""
+"""Adapters published for benchmarks: who they are, and how popular."""
 
 from __future__ import annotations
 
 import json
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.workload import Family, Zipf, random_adapter, spread_ranks
-from storage.base_checkpoint import BaseFacts
+from storage.base_checkpoint import BaseFacts, read_base_facts
 from storage.config import StorageSettings
 from storage.formats.writing import write_flora, write_lora
 from storage.identity import AdapterName, AdapterVersion
@@ -76,6 +81,44 @@ def publish_all(
             print(f"published {index + 1} of {number} {family} adapters", flush=True)
     record.write_text(json.dumps(versions))
     return Published(tuple(versions), tuple(ranks))
+
+
+def publish_on_all_cores(
+    storage: StorageSettings, base: Path, names: Sequence[str], seed: int
+) -> None:
+    """Publish a FLoRA adapter of rank 1 under each name: tiny ones, where it matters how many there are."""
+    pool = ProcessPoolExecutor(
+        os.cpu_count(), get_context("spawn"), _Publisher.open, (storage, base, seed)
+    )
+    with pool:
+        for done, _ in enumerate(pool.map(_publish_one, names, chunksize=10), start=1):
+            if done % 100 == 0:
+                print(f"published {done} of {len(names)} adapters", flush=True)
+
+
+class _Publisher:
+    """What a process of the pool publishes with."""
+
+    registry: Registry
+    base: BaseFacts
+    seed: int
+
+    @classmethod
+    def open(cls, storage: StorageSettings, base: Path, seed: int) -> None:
+        torch.set_num_threads(1)
+        cls.registry = Registry(open_store(storage))
+        cls.base = read_base_facts(base, base.name)
+        cls.seed = seed
+
+
+def _publish_one(name: str) -> None:
+    base = _Publisher.base
+    generator = torch.Generator().manual_seed(_Publisher.seed + zlib.crc32(name.encode()))
+    rows = random_adapter(
+        "flora", 1, base.projections, generator, base_digest=base.digest, dtype=torch.bfloat16
+    )
+    files = write_flora(rows, base.name)
+    publish_adapter(_Publisher.registry, AdapterName("default", name), files, base)
 
 
 def storage_in(directory: Path, cache_dir: Path) -> StorageSettings:

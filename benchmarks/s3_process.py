@@ -1,4 +1,7 @@
-"""A real S3 API over HTTP, in a process of its own: moto's server, with one bucket."""
+"""A real S3 API over HTTP, in a process of its own: moto's server, with one bucket.
+
+`python -m benchmarks.s3_process PORT` is that process.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import boto3
 import httpx
@@ -18,6 +23,8 @@ import psutil
 BUCKET = "adapters"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
 _STARTS_WITHIN_S = 60.0
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +48,8 @@ def s3_process() -> Iterator[S3Process]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "benchmarks.s3_process", str(port)]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_for(url)
@@ -66,3 +71,37 @@ def _wait_for(url: str) -> None:
         else:
             return
     raise TimeoutError("the S3 server does not answer")
+
+
+class _InTurn:
+    """S3 decides each conditional write atomically; moto looks and then writes, so its requests take turns."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self._turn = threading.Lock()
+
+    def __call__(
+        self, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        with self._turn:
+            return list(self._application(environ, start_response))
+
+
+def main() -> None:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class Quiet(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_request(self, *_: object) -> None:
+            pass
+
+    application = _InTurn(DomainDispatcherApplication(create_backend_app))
+    make_server(
+        "127.0.0.1", int(sys.argv[1]), application, threaded=True, request_handler=Quiet
+    ).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -30,30 +30,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import count, cycle
+from itertools import count, cycle, pairwise
 from pathlib import Path
-from statistics import fmean, median, quantiles
+from statistics import median, quantiles
 
 import httpx
-import torch
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoConfig
 
 from benchmarks.command import add_runner, engine_settings, parse, parser_of
+from benchmarks.population import publish_on_all_cores
 from benchmarks.results_file import Row, print_rows, write_result
 from benchmarks.s3_process import BUCKET, CREDENTIALS, S3Process, s3_process
 from benchmarks.stream_client import Streamed, stream
-from benchmarks.workload import Batch, Zipf, random_adapter
+from benchmarks.workload import Batch, Zipf
 from cli.local_cluster import start_cluster
 from cli.serving import deploy_on, logical_cpus
 from deployments.settings import Settings
-from storage.base_checkpoint import read_base_facts
 from storage.config import StorageSettings
-from storage.formats.writing import write_flora
-from storage.identity import AdapterName
-from storage.publishing import publish_adapter
-from storage.registry import Registry
-from storage.stores import open_store
 from workers.config import EngineSettings
 
 CLAIM = (
@@ -87,7 +81,7 @@ class Plan:
     hit_adapters: int = 16
     arrivals_per_s: float = 4.0
     arrival_tokens: int = 2
-    side_s: float = 12.0
+    side_s: float = 10.0
 
 
 QUICK = Plan(adapters=300, requests=200, warm_up_requests=50, side_s=4.0)
@@ -130,29 +124,29 @@ class Bench:
         hits = self._names[plan.warm_adapters :][: plan.hit_adapters]
         untouched = iter([name for name in self._names if name not in self._asked])
         warm: list[Streamed] = []
-        clients = [
-            asyncio.create_task(self._keep_streaming(hot, number, warm))
-            for number in range(plan.warm_clients)
-        ]
-        taken = []
-        try:
-            for number in range(-1, rounds):  # the first one warms up
-                sides = [True, False] if number % 2 else [False, True]
-                found = {}
-                for is_miss in sides:
-                    await asyncio.gather(*(self._ask(name, 1) for name in hits))
-                    names = untouched if is_miss else cycle(hits)
-                    found[is_miss] = await self._side(warm, names)
-                if number >= 0:
-                    taken.append((found[False], found[True]))
-                    _tell_round(number, *taken[-1])
-        finally:
-            for task in clients:
-                task.cancel()
-        return taken
+        is_over = asyncio.Event()
 
-    async def _side(self, warm: list[Streamed], names: Iterator[str]) -> Side:
-        """Requests for `names` at a fixed rate, and what became of the warm streams meanwhile."""
+        async def keep_streaming(name: str) -> None:
+            while not is_over.is_set():
+                warm.append(await self._ask(name, plan.warm_answer_tokens))
+
+        taken = []
+        async with asyncio.TaskGroup() as clients:
+            for number in range(plan.warm_clients):
+                clients.create_task(keep_streaming(hot[number % len(hot)]))
+            for number in range(-1, rounds):  # the first one warms up
+                found: dict[bool, Window] = {}
+                for is_miss in (number % 2 == 0, number % 2 != 0):
+                    await asyncio.gather(*(self._ask(name, 1) for name in hits))
+                    found[is_miss] = await self._window(untouched if is_miss else cycle(hits))
+                    print(f"round {number}  {_told(found[is_miss])}", flush=True)
+                taken.append((found[False], found[True]))
+            is_over.set()
+        whole = [one for one in warm if one.is_whole]
+        return [(Side.of(hit, whole), Side.of(miss, whole)) for hit, miss in taken[1:]]
+
+    async def _window(self, names: Iterator[str]) -> Window:
+        """Requests for `names` at a fixed rate."""
         plan = self._plan
         began_s = time.perf_counter()
         arrivals = []
@@ -162,14 +156,7 @@ class Bench:
         await asyncio.sleep(began_s + plan.side_s - time.perf_counter())
         ended_s = time.perf_counter()
         answers = await asyncio.gather(*arrivals)
-        during = [one for one in warm if one.event_s[0] >= began_s and one.event_s[-1] <= ended_s]
-        return Side(tuple(during), tuple(one for one in answers if one.is_whole))
-
-    async def _keep_streaming(self, hot: Sequence[str], number: int, warm: list[Streamed]) -> None:
-        while True:
-            answer = await self._ask(hot[number % len(hot)], self._plan.warm_answer_tokens)
-            if answer.is_whole:
-                warm.append(answer)
+        return Window(began_s, ended_s, tuple(one for one in answers if one.is_whole))
 
     async def _ask(self, name: str, answer_tokens: int) -> Streamed:
         self._asked.add(name)
@@ -181,26 +168,12 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """What one side of a round saw: warm streams that ran within it, and its arrivals."""
+class Window:
+    """When one side of a round was, and its arrivals."""
 
-    warm: tuple[Streamed, ...]
+    began_s: float
+    ended_s: float
     arrivals: tuple[Streamed, ...]
-
-    @property
-    def inter_token_s(self) -> float:
-        """Of warm streams, the mean: what they lose is shared by all of them."""
-        return fmean(one.inter_token_s for one in self.warm)
-
-    @property
-    def longest_pause_s(self) -> float:
-        """The 99th percentile of the times between events of warm streams."""
-        pauses = [
-            after - before
-            for one in self.warm
-            for before, after in zip(one.event_s, one.event_s[1:], strict=False)
-        ]
-        return _p99(pauses)
 
     @property
     def on_device(self) -> float:
@@ -208,13 +181,35 @@ class Side:
         return sum(one.tier == "device" for one in self.arrivals) / len(self.arrivals)
 
 
-def _tell_round(number: int, hits: Side, misses: Side) -> None:
-    for name, side in (("hits", hits), ("misses", misses)):
-        print(
-            f"round {number}  {name:<6} {1000 * side.inter_token_s:6.1f} ms between tokens of "
-            f"{len(side.warm)} streams, {len(side.arrivals)} arrivals, {side.on_device:.0%} on the device",
-            flush=True,
-        )
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What warm streams did during one side of a round."""
+
+    on_device: float  # share of the arrivals
+    inter_token_s: float
+    p99_pause_s: float
+
+    @classmethod
+    def of(cls, window: Window, warm: Sequence[Streamed]) -> Side:
+        seconds = tokens = 0.0
+        pauses: list[float] = []
+        for one in warm:
+            inside = [at_s for at_s in one.event_s if window.began_s <= at_s <= window.ended_s]
+            if len(inside) < 2:
+                continue
+            seconds += inside[-1] - inside[0]
+            # An event may bring several tokens, or none that is a character yet.
+            tokens += (len(inside) - 1) * (one.tokens - 1) / (len(one.event_s) - 1)
+            pauses += [after - before for before, after in pairwise(inside)]
+        return cls(window.on_device, seconds / tokens, _p99(pauses))
+
+
+def _told(window: Window) -> str:
+    waits = [one.first_token_s for one in window.arrivals]
+    return (
+        f"{len(waits)} arrivals, {window.on_device:.0%} on the device, "
+        f"first token after {median(waits):.2f} s, the latest after {max(waits):.2f} s"
+    )
 
 
 def waiting_rows(answers: Sequence[Streamed]) -> list[Row]:
@@ -252,8 +247,8 @@ def cost_rows(taken: Sequence[tuple[Side, Side]]) -> list[Row]:
         ),
         told("beside hits, ms between tokens", (1000 * hits.inter_token_s for hits, _ in taken)),
         told("beside loads, ms between tokens", (1000 * miss.inter_token_s for _, miss in taken)),
-        told("beside hits, p99 ms of a pause", (1000 * hits.longest_pause_s for hits, _ in taken)),
-        told("beside loads, p99 ms of a pause", (1000 * miss.longest_pause_s for _, miss in taken)),
+        told("beside hits, p99 ms of a pause", (1000 * hits.p99_pause_s for hits, _ in taken)),
+        told("beside loads, p99 ms of a pause", (1000 * miss.p99_pause_s for _, miss in taken)),
         told("hits that needed a load, share", (1 - hits.on_device for hits, _ in taken)),
         told("misses that needed none, share", (miss.on_device for _, miss in taken)),
     ]
@@ -268,30 +263,6 @@ def _prompts(tokens: int, vocabulary: int) -> Iterator[list[int]]:
     batch = Batch(requests=256, prompt_tokens=tokens, vocabulary=vocabulary)
     for seed in count(SEED):
         yield from batch.prompts(seed)
-
-
-def publish(settings: Settings, base: Path, number: int) -> list[str]:
-    """Names of so many new adapters, in the registry the settings name."""
-    facts = read_base_facts(base, base.name)
-    registry = Registry(open_store(settings.storage))
-    generator = torch.Generator().manual_seed(SEED)
-    names = []
-    for index in range(number):
-        rows = random_adapter(
-            "flora",
-            1,
-            facts.projections,
-            generator,
-            base_digest=facts.digest,
-            dtype=torch.bfloat16,
-        )
-        names.append(f"adapter-{index}")
-        publish_adapter(
-            registry, AdapterName("default", names[-1]), write_flora(rows, facts.name), facts
-        )
-        if index % 100 == 99:
-            print(f"published {index + 1} of {number} adapters", flush=True)
-    return names
 
 
 def sized(base: Path, directory: Path, s3_url: str, plan: Plan, engine: EngineSettings) -> Settings:
@@ -365,7 +336,8 @@ def main() -> None:
     plan = replace(plan, vocabulary=min(plan.vocabulary, config.vocab_size))
     with tempfile.TemporaryDirectory() as directory, s3_process() as s3:
         settings = sized(arguments.base, Path(directory), s3.url, plan, engine_settings(arguments))
-        names = publish(settings, arguments.base, plan.adapters)
+        names = [f"adapter-{index}" for index in range(plan.adapters)]
+        publish_on_all_cores(settings.storage, arguments.base, names, SEED)
         cluster = start_cluster(num_cpus=logical_cpus(settings), variables=CREDENTIALS)
         try:
             url = deploy_on(cluster, settings, report=print)
