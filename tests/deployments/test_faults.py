@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ BUCKET, PREFIX = "flora", "faults"
 PROMPTS = ["the quick brown", "a few small words", "user"]
 RANDOM = [f"random-{seed}" for seed in range(6)]
 TOKENS = 6
+# At least; longer than needed to see that it changes nothing: FLORA_TEST_OUTAGE_S=60.
+OUTAGE_S = float(os.environ.get("FLORA_TEST_OUTAGE_S", "5"))
 
 
 @dataclass
@@ -226,6 +229,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
         tiers.add(response.headers["x-adapter-tier"])
 
     faulty.s3.stop()
+    stopped_s = time.monotonic()
     try:
         with BackgroundLoad(2, ask) as load:
             until(lambda: served.state()["registry_error"] is not None, "it is told", within_s=15)
@@ -243,6 +247,9 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
                 return tiers == {"device", "host", "disk"}
 
             until(are_all_near, "answers from every tier")
+            while time.monotonic() - stopped_s < OUTAGE_S:
+                load.check()
+                time.sleep(0.2)
             assert served.client.get("/health").status_code == 200
     finally:
         faulty.s3.listen()
