@@ -81,16 +81,27 @@ class Generation:
         self.num_cached_tokens = self._first.outputs[0].num_cached_tokens or 0
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """The answer as it comes. A replica lost now is an error: the client has seen a part."""
-        answer = AnswerText(self._codec, self.request, self._stops, self._echo)
-        async with aclosing(self._outputs()) as outputs:
-            async for output in outputs:
-                delta = answer.push(output)
-                self.num_tokens = answer.num_tokens
-                if not delta.is_empty:
-                    yield delta
-                if delta.finish_reason is not None:
-                    return
+        """The answer as it comes. A replica lost once the client has seen a part of it is an error."""
+        has_shown = False
+        while True:
+            answer = AnswerText(self._codec, self.request, self._stops, self._echo)
+            try:
+                async with aclosing(self._outputs()) as outputs:
+                    async for output in outputs:
+                        delta = answer.push(output)
+                        self.num_tokens = answer.num_tokens
+                        if not delta.is_empty:
+                            has_shown = True
+                            yield delta
+                        if delta.finish_reason is not None:
+                            return
+            except EngineLostError as error:
+                # The first token of a character shows nothing yet.
+                if has_shown:
+                    raise
+                self._retry_or_raise(error)
+                self.num_tokens = 0
+                await self.start()
 
     async def text(self) -> Delta:
         """The whole answer. Nobody has seen anything yet, so a lost replica's work is done again elsewhere, once."""

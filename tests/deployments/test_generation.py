@@ -147,6 +147,17 @@ def test_after_the_first_token_of_a_stream_a_lost_replica_is_an_error(codec: Tex
     assert len(gateway.requests) == 1
 
 
+def test_a_stream_whose_tokens_show_nothing_yet_is_begun_again(codec: TextCodec) -> None:
+    half, other_half = codec.encode("é")
+    gateway = ScriptedGateway(
+        [output(half), LOST], [output(half), output(other_half, reason=FinishReason.LENGTH)]
+    )
+    one = generation(codec, gateway)
+    assert "".join(delta.text for delta in asyncio.run(streamed(one))) == "é"
+    assert one.num_tokens == 2
+    assert gateway.avoided == ["", "replica-1"]
+
+
 def test_a_whole_answer_is_begun_again_for_nobody_has_seen_any_of_it(codec: TextCodec) -> None:
     gateway = ScriptedGateway(
         [output(40), output(41), LOST], [output(42), output(43, reason=FinishReason.STOP)]
