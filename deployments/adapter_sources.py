@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployments.errors import ForbiddenSourceError, NothingThereError
-from storage.adapter_directory import ADAPTER_FILES, read_directory
+from deployments.errors import ForbiddenSourceError
+from storage.adapter_directory import ADAPTER_FILES
+from storage.adapter_source import S3_SCHEME, open_source
 from storage.config import StorageSettings
-from storage.errors import AdapterRefusedError, InvalidRequestError
-from storage.s3_store import S3ObjectStore
-
-_S3 = "s3://"
+from storage.errors import InvalidRequestError, NoAdapterError
 
 
 class AdapterSources:
@@ -23,9 +21,9 @@ class AdapterSources:
     """
 
     def __init__(self, allowed: Sequence[str], storage: StorageSettings) -> None:
-        self._prefixes = [place.rstrip("/") for place in allowed if place.startswith(_S3)]
+        self._prefixes = [place.rstrip("/") for place in allowed if place.startswith(S3_SCHEME)]
         self._directories = [
-            Path(place).resolve() for place in allowed if not place.startswith(_S3)
+            Path(place).resolve() for place in allowed if not place.startswith(S3_SCHEME)
         ]
         self._storage = storage
 
@@ -34,68 +32,37 @@ class AdapterSources:
 
         Raises:
             ForbiddenSourceError: the location is not below an allowed one.
-            NothingThereError: there is no adapter.
+            NoAdapterError: there is none.
             AdapterRefusedError: it is larger than what is accepted.
             StoreUnavailableError: S3 cannot be reached.
         """
-        if location.startswith(_S3):
-            return self._read_s3(location.rstrip("/"))
-        if "://" in location:
+        if location.startswith(S3_SCHEME):
+            is_allowed = self._allows_prefix(location)
+        elif "://" in location:
             raise InvalidRequestError(
                 f"{location!r} is neither a directory nor s3://bucket/prefix", param="source"
             )
-        return self._read_directory(location)
-
-    def _read_s3(self, location: str) -> dict[str, bytes]:
-        parts = location.removeprefix(_S3).split("/")
-        is_plain = all(part not in ("", ".", "..") for part in parts)
-        if not is_plain or not any(_is_below(location, place) for place in self._prefixes):
-            raise _forbidden(location)
-        store = S3ObjectStore(parts[0], "/".join(parts[1:]), self._storage)
-        sizes = {
-            found.key: found.num_bytes for found in store.list("") if found.key in ADAPTER_FILES
-        }
-        self._check_size(location, sum(sizes.values()))
-        if not sizes:
-            raise _nothing_there(location)
-        return {name: store.get(name).data for name in sizes}
-
-    def _read_directory(self, location: str) -> dict[str, bytes]:
-        # Links are followed first: one that leads out of an allowed directory is not below it.
-        path = Path(location).resolve()
-        if not Path(location).is_absolute() or not any(
-            path.is_relative_to(directory) for directory in self._directories
-        ):
-            raise _forbidden(location)
-        files = [path / name for name in ADAPTER_FILES if (path / name).is_file()]
-        if not files:
-            raise _nothing_there(location)
-        if any(file.is_symlink() and file.resolve().parent != path for file in files):
-            raise _forbidden(location)
-        self._check_size(location, sum(file.stat().st_size for file in files))
-        return read_directory(path)
-
-    def _check_size(self, location: str, num_bytes: int) -> None:
-        if num_bytes > self._storage.max_adapter_bytes:
-            raise AdapterRefusedError(
-                f"the adapter at {location} has {num_bytes:,} bytes; at most "
-                f"{self._storage.max_adapter_bytes:,} are accepted"
+        else:
+            is_allowed = self._allows_directory(Path(location))
+        if not is_allowed:
+            raise ForbiddenSourceError(
+                f"{location} is not below a place this server takes adapters from (setting serve.adapter_sources)",
+                param="source",
             )
+        if not location.startswith(S3_SCHEME) and not Path(location).is_dir():
+            raise NoAdapterError(f"{location} is not a directory", param="source")
+        return open_source(location, self._storage).read("")
 
+    def _allows_prefix(self, location: str) -> bool:
+        parts = location.removeprefix(S3_SCHEME).rstrip("/").split("/")
+        is_plain = all(part not in ("", ".", "..") for part in parts)
+        return is_plain and any(
+            location == place or location.startswith(f"{place}/") for place in self._prefixes
+        )
 
-def _is_below(location: str, place: str) -> bool:
-    return location == place or location.startswith(f"{place}/")
-
-
-def _forbidden(location: str) -> ForbiddenSourceError:
-    return ForbiddenSourceError(
-        f"{location} is not below a place this server takes adapters from (setting serve.adapter_sources)",
-        param="source",
-    )
-
-
-def _nothing_there(location: str) -> NothingThereError:
-    return NothingThereError(
-        f"no adapter found at {location}: {' and '.join(ADAPTER_FILES)} are expected",
-        param="source",
-    )
+    def _allows_directory(self, directory: Path) -> bool:
+        """Links are followed first: what one leads to must be allowed itself."""
+        places = [directory.resolve(), *((directory / name).resolve() for name in ADAPTER_FILES)]
+        return directory.is_absolute() and all(
+            any(place.is_relative_to(allowed) for allowed in self._directories) for place in places
+        )

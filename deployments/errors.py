@@ -13,6 +13,7 @@ from storage.errors import (
     EngineLostError,
     FloraError,
     InvalidRequestError,
+    NoAdapterError,
     OverloadedError,
     StoreUnavailableError,
     UnknownModelError,
@@ -67,12 +68,6 @@ class ForbiddenSourceError(FloraError):
     code = "source_not_allowed"
 
 
-class NothingThereError(FloraError):
-    """There is no adapter at the place one is to be read from."""
-
-    code = "source_not_found"
-
-
 class AlreadyLoadedError(InvalidRequestError):
     """An adapter of that name is loaded, and was not to be replaced."""
 
@@ -109,7 +104,7 @@ _STATUS: tuple[tuple[type[FloraError], int], ...] = (
     (AdminOnlyError, 403),
     (ForbiddenSourceError, 403),
     (BodyTooLargeError, 413),
-    (NothingThereError, 404),
+    (NoAdapterError, 404),
     (NameTakenError, 409),
     (InvalidRequestError, 400),
     (UnknownModelError, 404),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from storage.errors import AdapterRefusedError, InvalidRequestError
+from storage.errors import InvalidRequestError, NoAdapterError
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -16,13 +16,11 @@ def read_directory(path: Path) -> dict[str, bytes]:
     """The files of the adapter, by name. Others beside them, such as a README or optimizer state, are not part of it.
 
     Raises:
-        AdapterRefusedError: the directory holds no adapter.
+        NoAdapterError: the directory holds no adapter.
     """
     files = {name: (path / name).read_bytes() for name in ADAPTER_FILES if (path / name).is_file()}
     if not files:
-        raise AdapterRefusedError(
-            f"{path} holds no adapter: {' and '.join(ADAPTER_FILES)} are expected"
-        )
+        raise NoAdapterError(f"{path} holds no adapter: {' and '.join(ADAPTER_FILES)} are expected")
     return files
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from storage.adapter_directory import ADAPTER_FILES, read_directory
 from storage.config import StorageSettings
-from storage.errors import AdapterRefusedError, InvalidRequestError
+from storage.errors import AdapterRefusedError, InvalidRequestError, NoAdapterError
 from storage.object_store import ObjectNotFoundError
 from storage.s3_store import S3ObjectStore
 
@@ -21,7 +21,7 @@ class AdapterSource(Protocol):
         """Every folder that holds an adapter, in order."""
 
     def read(self, folder: str) -> dict[str, bytes]:
-        """The adapter's files by name. Raises AdapterRefusedError when there is none, or it is too large."""
+        """The adapter's files by name. Raises NoAdapterError, or AdapterRefusedError when it is too large."""
 
 
 def open_source(place: str, settings: StorageSettings) -> AdapterSource:
@@ -85,7 +85,7 @@ class _S3Prefix:
             each.key: each.num_bytes for each in self._store.list(prefix) if each.key in wanted
         }
         if not listed:
-            raise AdapterRefusedError(
+            raise NoAdapterError(
                 f"{self._place} holds no adapter: {' and '.join(ADAPTER_FILES)} are expected"
             )
         _check_size(sum(listed.values()), self._max_bytes)

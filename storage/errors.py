@@ -71,6 +71,12 @@ class AdapterRefusedError(FloraError):
     code = "adapter_refused"
 
 
+class NoAdapterError(AdapterRefusedError):
+    """There is no adapter at the place one is to be read from."""
+
+    code = "adapter_not_found"
+
+
 class BaseMismatchError(FloraError):
     """The adapter was made for another base model than the one served."""
 

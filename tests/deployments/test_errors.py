@@ -43,7 +43,7 @@ STATUS = {
     "WrongKeyError": 401,
     "AdminOnlyError": 403,
     "ForbiddenSourceError": 403,
-    "NothingThereError": 404,
+    "NoAdapterError": 404,
     "NameTakenError": 409,
     "AlreadyLoadedError": 400,
     "BodyTooLargeError": 413,
