@@ -22,6 +22,7 @@ from cluster.config import ClusterSettings
 from cluster.figures import ClusterFigures
 from cluster.manager import PlacementManager
 from cluster.published import Published, PublishedReader
+from cluster.registry_word import RegistryWord
 from cluster.state import ClusterState
 from cluster.table import ReaderReport, ReplicaOrders, ReplicaReport, TableUpdate
 from storage.config import StorageSettings
@@ -81,6 +82,7 @@ class PlacementActor:
         self._due = threading.Event()  # for the thread that plans
         self._called_s = time.monotonic()
         self._registry_error: str | None = "not read yet"
+        self.plan_s = 0.0  # how long the last plan took
         for work in (self._follow_registry, self._plan):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -115,7 +117,10 @@ class PlacementActor:
         with self._calling() as manager:
             self._figures.planned(manager.placement.holders)
             return replace(
-                manager.state(), registry_error=self._registry_error, figures=self._figures.read()
+                manager.state(),
+                registry_error=self._registry_error,
+                figures=self._figures.read(),
+                plan_s=self.plan_s,
             )
 
     @contextmanager
@@ -171,12 +176,15 @@ class PlacementActor:
 
     def _take(self, published: Published) -> None:
         # Made of tens of thousands of entries: not while everybody waits.
-        aliases, facts = published.aliases, published.facts
-        history, pins = published.history, published.pins
+        word = RegistryWord(
+            published.aliases,
+            published.facts,
+            published.history,
+            published.quarantined,
+            published.pins,
+        )
         with self._lock:
-            self._manager.set_registry(
-                aliases, facts, history=history, quarantined=published.quarantined, pins=pins
-            )
+            self._manager.set_registry(word)
             self._notice()
 
     def _plan(self) -> None:
@@ -187,7 +195,9 @@ class PlacementActor:
                 inputs = self._manager.begin_tick()
                 idle_s = time.monotonic() - self._called_s
             if inputs is not None:
+                began_s = time.perf_counter()
                 result = self._manager.plan(inputs)
+                self.plan_s = time.perf_counter() - began_s
                 with self._lock:
                     self._manager.end_tick(result)
                     self._figures.planned(result.placement.holders)

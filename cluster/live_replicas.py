@@ -102,6 +102,11 @@ class LiveReplicas:
         return {replica_id: now_s - self._live[replica_id].heard_at_s for replica_id in self}
 
     @property
+    def most_rows(self) -> int:
+        """Of the largest bank; 0 without any."""
+        return max((one.report.rows for one in self._live.values()), default=0)
+
+    @property
     def residents(self) -> Mapping[AdapterVersion, tuple[str, ...]]:
         """Who has each version on its device, by id."""
         return self._residents.values

@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
+from cluster.beginning import Beginning
 from cluster.config import ClusterSettings
 from cluster.live_replicas import LiveReplicas
 from cluster.placement import Placement, ReplicaSpace
 from cluster.planner import PlacementPlanner, Reservation
+from cluster.promotion import Promotion
+from cluster.registry_word import RegistryWord
 from cluster.serving import Flip, ServingVersions
 from cluster.spares import missing_copies
 from cluster.state import AliasMove, ClusterState
 from cluster.table import (
     AdapterFacts,
-    AliasKey,
     DemandSample,
     PlacementTable,
     ReaderReport,
@@ -37,13 +38,8 @@ from cluster.version_health import VersionHealth
 from storage.errors import FailedVersion
 from storage.identity import AdapterVersion
 
-WARM_WITHIN_S = 30.0
-"""A successor that one replica has on its device serves after this long, though other holders still load it."""
 SHRINK_LEASE_S = 10.0
 """How long second copies are kept after the last word that a replica may have to go."""
-_NOTHING: Mapping[AliasKey, tuple[AdapterVersion, ...]] = MappingProxyType({})
-_NO_REASONS: Mapping[AdapterVersion, str] = MappingProxyType({})
-_NO_PINS: Mapping[AliasKey, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +83,7 @@ class PlacementManager:
         self._settings = settings
         self._clock = clock
         silence_s = settings.heartbeat_s * settings.missed_heartbeats
-        self._settles_at_s = clock() + silence_s  # whoever is alive has called by then
-        self._is_settled = False
+        self._beginning: Beginning | None = Beginning(clock() + silence_s)
         self._replicas = LiveReplicas(silence_s, clock)
         self._health = VersionHealth()
         self._serving = ServingVersions(clock)
@@ -97,15 +92,9 @@ class PlacementManager:
         self._log = TableLog(base_id, first_epoch)
         self._published = self._serving.serving
 
+        self._word = RegistryWord()
         self._has_registry = False
-        self._desired: Mapping[AliasKey, AdapterVersion] = {}
-        self._history = _NOTHING
-        self._facts: Mapping[AdapterVersion, AdapterFacts] = {}
-        self._pins = _NO_PINS
-        self._largest: dict[int, int] = {}  # rows of a bank → rows of the largest adapter it holds
         self._bad: Mapping[AdapterVersion, str] = {}
-        self._recalled: PlacementTable | None = None
-        self._has_old_readers = False
 
         self._demand: list[Mapping[AdapterVersion, DemandSample]] = []
         self._inherited: list[tuple[Flip, float]] = []
@@ -121,13 +110,10 @@ class PlacementManager:
         replica_id = report.replica_id
         known = self._replicas[replica_id].report if replica_id in self._replicas else None
         if not self._replicas.hear(report):
-            return ReplicaOrders(
-                self._log.epoch
-            )  # the routers have lost it: nothing will be asked of it
+            return ReplicaOrders(self._log.epoch)  # it holds what its last requests need
         self._bury(self._replicas.expire())
         self._health.report(replica_id, report.failed, self._replicas[replica_id].device)
-        self._settle()
-        if not self._is_settled:
+        if not self._has_begun():
             return None
         self.wants_tick |= known is None or known.rows != report.rows
         self._follow()
@@ -138,12 +124,9 @@ class PlacementManager:
         self.observe(reader.demand)
         self._bury(self._replicas.lose(reader.lost))
         self._bury(self._replicas.expire())
-        if not self._is_settled:
-            self._has_old_readers |= reader.epoch > 0
-            tables = [table for table in (self._recalled, reader.table) if table is not None]
-            self._recalled = max(tables, key=lambda table: table.epoch, default=None)
-            self._settle()
-        if not self._is_settled:
+        if self._beginning is not None:
+            self._beginning.hear(reader)
+        if not self._has_begun():
             return TableUpdate(asks_table=reader.epoch > 0 and reader.table is None)
         return self._log.update(reader, self._replicas)
 
@@ -168,33 +151,14 @@ class PlacementManager:
         if owned:
             self._demand.append(owned)
 
-    def set_registry(
-        self,
-        desired: Mapping[AliasKey, AdapterVersion],
-        facts: Mapping[AdapterVersion, AdapterFacts],
-        *,
-        history: Mapping[AliasKey, tuple[AdapterVersion, ...]] = _NOTHING,
-        quarantined: Mapping[AdapterVersion, str] = _NO_REASONS,
-        pins: Mapping[AliasKey, int] = _NO_PINS,
-    ) -> None:
+    def set_registry(self, word: RegistryWord) -> None:
         """Take the registry's word.
 
         A new alias serves at once, a deleted one no longer, a moved one when its new version is warm.
-
-        Args:
-            desired: where each alias should point.
-            facts: the size of every version that can be read.
-            history: what each alias meant before, newest first.
-            quarantined: versions that must not be served, and why.
-            pins: on how many replicas what an alias serves is to be held, whoever asks for it.
         """
-        self._has_registry = True
-        self._desired, self._history = dict(desired), history
-        self._facts, self._pins = dict(facts), pins
-        self._largest = {}
-        self._health.set_quarantined(quarantined)
-        self._settle()
-        if self._is_settled:
+        self._word, self._has_registry = word, True
+        self._health.set_quarantined(word.quarantined)
+        if self._has_begun():
             self._follow(is_aimed=False)
             self.wants_tick = True
 
@@ -233,6 +197,7 @@ class PlacementManager:
     def state(self, registry_error: str | None = None) -> ClusterState:
         """Everything, for people to look at."""
         self._bury(self._replicas.expire())
+        promotion = self._promotion()
         return ClusterState(
             table=self.table(),
             reports=self._replicas.reports(),
@@ -240,8 +205,8 @@ class PlacementManager:
             no_room=self.placement.no_room,
             registry_error=registry_error,
             moves={
-                key: AliasMove(desired, serving, self._why_not(desired))
-                for key, desired in self._desired.items()
+                key: AliasMove(desired, serving, promotion.why_not(desired))
+                for key, desired in self._word.desired.items()
                 if (serving := self._serving.serving.get(key)) not in (None, desired)
             },
             failed=self._bad,
@@ -254,7 +219,7 @@ class PlacementManager:
                 if not self._replicas.have(version, (replica_id,))
             ),
             demand=self._planner.demand,
-            is_settled=self._is_settled,
+            is_settled=self._beginning is None,
         )
 
     def check_integrity(self) -> None:
@@ -270,16 +235,16 @@ class PlacementManager:
         for replica_id, used in rows.items():
             capacity = self._replicas[replica_id].report.rows
             assert used <= capacity, f"{replica_id}: {used} rows planned of {capacity}"
-        if not self._is_settled:
+        if self._beginning is not None:
             return
-        for key, desired in self._desired.items():
-            choices = (desired, *self._history.get(key, ()))
-            serving = self._log.serving.get(key)
+        is_good = self._promotion().is_good
+        for key in self._word.desired:
+            choices, serving = self._word.choices(key), self._log.serving.get(key)
             assert serving == self._serving.serving.get(key), f"{key}: the table has {serving}"
             if serving is None:
-                assert not any(each in self._facts for each in choices), f"{key} serves nothing"
-            elif not self._is_good(serving):
-                assert not any(map(self._is_good, choices)), f"{key} serves a bad version"
+                assert not any(each in self._word.facts for each in choices), f"{key} serves none"
+            elif not is_good(serving):
+                assert not any(map(is_good, choices)), f"{key} serves a bad version"
 
     # The plan.
 
@@ -295,8 +260,7 @@ class PlacementManager:
     def begin_tick(self) -> TickInputs | None:
         """What the next plan is to be made from; None while too little is known."""
         self._bury(self._replicas.expire())
-        self._settle()
-        if not self._is_settled:
+        if not self._has_begun():
             return None
         self.wants_tick = False
         self._serving.forget_retired(self._replicas.residents.__contains__)
@@ -310,7 +274,7 @@ class PlacementManager:
                 for r in self._replicas
                 for one in [self._replicas[r]]
             ),
-            facts=self._facts,
+            facts=self._word.facts,
             reserved=tuple(self._reserved()),
             demand=tuple(self._demand),
             inherited=tuple(self._inherited),
@@ -340,24 +304,24 @@ class PlacementManager:
 
     # What follows from a report.
 
-    def _settle(self) -> None:
-        """Begin to answer, once whoever is alive had time to call."""
-        if self._is_settled or self._clock() < self._settles_at_s:
-            return
-        recalled = self._recalled
-        if not self._has_registry:
-            if recalled is None and self._has_old_readers:
-                return  # a table without a name in it would be worse than the one they have
-            if recalled is not None:
-                self._desired, self._facts = recalled.serving, recalled.facts
+    def _has_begun(self) -> bool:
+        """Whether enough is known to answer; begins to, the first time."""
+        beginning = self._beginning
+        if beginning is None:
+            return True
+        if not beginning.is_over(self._clock(), has_registry=self._has_registry):
+            return False
+        recalled, self._beginning = beginning.recalled, None
         if recalled is not None:
             self._serving.recall(recalled.serving)
-        self._recalled = None
-        self._is_settled = self.wants_tick = True
+            if not self._has_registry:
+                self._word = RegistryWord(recalled.serving, recalled.facts)
         self._follow(is_aimed=False)
-        for superseded in {v for history in self._history.values() for v in history}:
+        for superseded in {v for history in self._word.history.values() for v in history}:
             if superseded in self._replicas.residents:
                 self._serving.retire(superseded)
+        self.wants_tick = True
+        return True
 
     def _bury(self, replica_ids: Iterable[str]) -> None:
         """These replicas are gone."""
@@ -371,67 +335,32 @@ class PlacementManager:
         Args:
             is_aimed: nothing but the health of versions may have changed where they should.
         """
-        bad = self._health.bad(self._replicas.residents)
+        word, bad = self._word, self._health.bad(self._replicas.residents)
         if bad != self._bad or not is_aimed:
             self._bad = bad
-            self._serving.aim(self._desired, self._history, self._is_good, self._facts.__contains__)
+            is_good = self._promotion().is_good
+            self._serving.aim(word.desired, word.history, is_good, word.facts.__contains__)
             self.wants_tick = True
-        for flip in self._serving.flip(self._is_ready):
+        for flip in self._serving.flip(self._promotion().is_ready):
             self._inherited.append((flip, self._work_ratio(flip)))
             self.wants_tick = True
         if self._serving.serving is not self._published:
             self._publish()
 
-    def _is_good(self, version: AdapterVersion) -> bool:
-        return version in self._facts and version not in self._bad
-
-    def _is_ready(self, old: AdapterVersion, new: AdapterVersion) -> bool:
-        """Whether an alias may flip now.
-
-        It waits only while somebody asks for the old version and it is held: then until all who are to hold the new
-        one have it. Nobody waits for a version that fits only in the old one's place.
-        """
-        if not self._is_good(old):
-            return True
-        if self._plan is None or self._is_too_large(new):
-            return False
-        old_holders = self._plan.holders.get(old, ())
-        if not any(replica_id in self._replicas for replica_id in old_holders):
-            return True
-        if new in self._plan.no_room or self._replicas.have(new, old_holders):
-            return True
-        if self._replicas.have(new, self._plan.holders.get(new, ())):
-            return True
-        is_overdue = self._serving.moving_for_s(new) >= WARM_WITHIN_S
-        return is_overdue and new in self._replicas.residents
-
-    def _is_too_large(self, version: AdapterVersion) -> bool:
-        """For every bank there is."""
-        sizes = [self._replicas[replica_id].report.rows for replica_id in self._replicas]
-        return bool(sizes) and self._facts[version].rows > max(sizes)
+    def _promotion(self) -> Promotion:
+        return Promotion(self._replicas, self._word.facts, self._bad, self._plan)
 
     def _work_ratio(self, flip: Flip) -> float:
-        old, new = self._facts.get(flip.old), self._facts[flip.new]
+        old, new = self._word.facts.get(flip.old), self._word.facts[flip.new]
         return new.work_per_token / old.work_per_token if old else 1.0
-
-    def _why_not(self, desired: AdapterVersion) -> str:
-        """Why an alias does not serve what it should."""
-        if desired in self._bad:
-            return f"failed: {self._bad[desired]}"
-        if desired not in self._facts:
-            return "failed: it cannot be read"
-        if self._is_too_large(desired):
-            return f"no room: it has {self._facts[desired].rows} rows, more than any bank"
-        holders = self.placement.holders.get(desired, ())
-        ready = [r for r in holders if self._replicas.have(desired, (r,))]
-        return f"warming: on {len(ready)} of {len(holders)} replicas"
 
     def _pinned(self) -> dict[AdapterVersion, int]:
         """What an administrator wants held whoever asks for it, and how often."""
+        is_good, serving = self._promotion().is_good, self._serving.serving
         return {
             version: copies
-            for key, copies in self._pins.items()
-            if copies and (version := self._serving.serving.get(key)) and self._is_good(version)
+            for key, copies in self._word.pins.items()
+            if copies and (version := serving.get(key)) and is_good(version)
         }
 
     def _reserved(self) -> list[Reservation]:
@@ -449,28 +378,27 @@ class PlacementManager:
 
     def _publish(self) -> None:
         serving = self._serving.serving
-        holders = {v: ids for v, ids in self.placement.holders.items() if v in self._facts}
-        facts = {v: self._facts[v] for v in {*serving.values(), *holders} if v in self._facts}
+        known = self._word.facts
+        holders = {v: ids for v, ids in self.placement.holders.items() if v in known}
+        facts = {v: known[v] for v in {*serving.values(), *holders} if v in known}
         self._published = serving
         self._log.publish(serving, holders, facts)
 
     def _orders(self, replica_id: str) -> ReplicaOrders:
         """What one replica should hold. Pins leave room for the largest adapter anybody may ask it for."""
-        one, plan = self._replicas[replica_id], self.placement
-        retired = self._serving.retired
+        one, plan, facts = self._replicas[replica_id], self.placement, self._word.facts
+        retired, admins = self._serving.retired, self._pinned()
         mine = [
             version
             for version in plan.by_replica.get(replica_id, ())
-            if version in self._facts and version not in self._bad and version not in retired
+            if version in facts and version not in self._bad and version not in retired
             if version in one.device or (version, replica_id) in plan.prefetch
         ]
-        left = one.report.rows - self._largest_within(one.report.rows)
+        left = one.report.rows - self._word.largest_within(one.report.rows)
         pinned = set()
-        admins = self._pinned()
         for version in sorted(mine, key=lambda version: version not in admins):
-            rows = self._facts[version].rows
-            if rows <= left:
-                left -= rows
+            if facts[version].rows <= left:
+                left -= facts[version].rows
                 pinned.add(version)
         return ReplicaOrders(
             self._log.epoch,
@@ -480,9 +408,3 @@ class PlacementManager:
             retired=frozenset(version for version in retired if version in one.device),
             asks_all=one.report.is_brief,
         )
-
-    def _largest_within(self, rows: int) -> int:
-        if rows not in self._largest:
-            sizes = (facts.rows for facts in self._facts.values() if facts.rows <= rows)
-            self._largest[rows] = max(sizes, default=0)
-        return self._largest[rows]

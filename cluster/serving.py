@@ -73,9 +73,6 @@ class ServingVersions:
             moves.setdefault(new, set()).add(self._serving[key])
         return moves
 
-    def moving_for_s(self, successor: AdapterVersion) -> float:
-        return self._clock() - self._since_s[successor]
-
     @property
     def retired(self) -> Collection[AdapterVersion]:
         """Versions to be freed. Valid until the next change."""
@@ -125,9 +122,16 @@ class ServingVersions:
         self._desired = desired
         self._change(serving, moving, {})
 
-    def flip(self, is_ready: Callable[[AdapterVersion, AdapterVersion], bool]) -> list[Flip]:
-        """Complete every move whose (old, new) versions are ready."""
-        done = {key: new for key, new in self._moving.items() if is_ready(self._serving[key], new)}
+    def flip(self, is_ready: Callable[[AdapterVersion, AdapterVersion, float], bool]) -> list[Flip]:
+        """Complete every move that is ready: asked with the old version, the new one, and the seconds since the first
+        alias began to move to that.
+        """
+        now_s = self._clock()
+        done = {
+            key: new
+            for key, new in self._moving.items()
+            if is_ready(self._serving[key], new, now_s - self._since_s[new])
+        }
         if not done:
             return []
         heirs = {self._serving[key]: new for key, new in done.items()}

@@ -41,3 +41,4 @@ class ClusterState:
     demand: Mapping[AdapterVersion, float] = field(default_factory=dict)
     """Rank-weighted tokens per second, of what is asked for, by the last plan."""
     is_settled: bool = True  # false for the first seconds of a manager, which then moves no alias
+    plan_s: float = 0.0  # how long the last plan took to make

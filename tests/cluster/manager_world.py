@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.config import ClusterSettings
 from cluster.manager import PlacementManager
+from cluster.registry_word import RegistryWord
 from cluster.table import AdapterFacts, AliasKey, DemandSample, PlacementTable, ReplicaReport
 from storage.errors import FailedVersion
 from storage.identity import AdapterVersion, sha256_hex
@@ -104,7 +105,7 @@ class Cluster:
         if "quarantined" in more:
             more["quarantined"] = {version(index): "damaged" for index in more["quarantined"]}
         aliases = {key: version(index) for key, index in desired.items()}
-        self.manager.set_registry(aliases, known, **more)
+        self.manager.set_registry(RegistryWord(aliases, known, **more))
         return self.plan()
 
     def plan(self) -> PlacementTable:

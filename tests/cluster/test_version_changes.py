@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.manager import WARM_WITHIN_S
+from cluster.promotion import WARM_WITHIN_S
 from cluster.serving import RETIRE_S
 from storage.identity import AdapterVersion
 from tests.cluster.manager_world import KEY, PROD, Cluster, corrupt, facts, refused, version
