@@ -77,14 +77,18 @@ class AdapterCache:
 
         Raises:
             AdapterRefusedError: its files are whole and break a rule.
+            StoreUnavailableError: they are on neither, and it is known that they could not be fetched now.
         """
         with self._lock:
             near = self._on_host(version)
+        if near is not None:
+            return near
+        near = self._on_disk(version, StageClock())
         if near is None:
-            near = self._on_disk(version, StageClock())
-            if near is not None:
-                with self._lock:
-                    self._keep(version, near.rows)
+            self._registry.check_up()
+            return None
+        with self._lock:
+            self._keep(version, near.rows)
         return near
 
     def get(self, version: AdapterVersion) -> CachedAdapter:

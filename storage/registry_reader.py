@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from storage.errors import FloraError, StoreUnavailableError
+from storage.errors import AdapterCorruptError, FloraError, StoreUnavailableError
 from storage.identity import AdapterVersion
 from storage.load_stages import StageClock
 from storage.manifest import FileEntry, ManifestContent
@@ -50,12 +50,8 @@ class RegistryReader:
         """As `Registry.read_file`; raises StoreUnavailableError at once while the registry is away."""
         return self._ask(lambda: self._registry.read_file(entry, stages))
 
-    def is_up(self) -> bool:
-        """Whether the registry answered when it was last asked. Returns at once."""
-        self._probe_if_due()
-        return self._failure is None
-
-    def _ask(self, read: Callable[[], _Answer]) -> _Answer:
+    def check_up(self) -> None:
+        """Raises StoreUnavailableError while the registry is known to be away."""
         failure = self._failure
         if failure is not None:
             self._probe_if_due()
@@ -63,7 +59,19 @@ class RegistryReader:
                 "the adapter is not kept on this replica, and the registry is away at the moment; try again later "
                 f"({failure.message})"
             )
-        return self._try(read)
+
+    def is_up(self) -> bool:
+        """Whether the registry answered when it was last asked. Returns at once."""
+        self._probe_if_due()
+        return self._failure is None
+
+    def _ask(self, read: Callable[[], _Answer]) -> _Answer:
+        self.check_up()
+        try:
+            return self._try(read)
+        except AdapterCorruptError:
+            # Perhaps it was damaged on its way: a version that is reported as damaged is taken from everybody.
+            return self._try(read)
 
     def _try(self, read: Callable[[], _Answer]) -> _Answer:
         began_s = self._clock()

@@ -120,6 +120,10 @@ def test_what_is_near_keeps_serving_while_the_registry_is_away(
     assert AdapterCache(registry, cache_settings).get(one).tier == "disk"
     with pytest.raises(StoreUnavailableError):
         cache.get(two)
+    with pytest.raises(StoreUnavailableError):
+        cache.find_near(two)
+    near = cache.find_near(one)
+    assert near is not None and near.tier == "host"
     store.is_away = False
     clock.now_s += PROBE_AWAY_S
     eventually(cache.is_registry_up)
@@ -186,7 +190,7 @@ def test_a_damaged_blob_is_refused_briefly_and_found_again_when_repaired(
     for _ in range(3):
         with pytest.raises(AdapterCorruptError, match=entry.sha256):
             cache.get(version)
-    assert store.reads[layout.blob(entry.sha256)] == 1, "remembered, not looked up every time"
+    assert store.reads[layout.blob(entry.sha256)] == 2, "remembered, not looked up every time"
     assert cache.disk_versions() == frozenset()
     store.put(layout.blob(entry.sha256), good)
     clock.now_s += FAILURE_KEPT_S

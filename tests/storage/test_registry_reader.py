@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import StoreUnavailableError, UnknownModelError
+from storage.errors import AdapterCorruptError, StoreUnavailableError, UnknownModelError
 from storage.load_stages import StageClock
 from storage.local_store import LocalObjectStore
 from storage.object_store import StoredObject
@@ -143,4 +143,33 @@ def test_a_read_that_hung_since_before_the_outage_ended_closes_nothing(
     assert reader.content(version, StageClock()).version == version
     hung.set()
     hanging.join()
+    assert reader.is_up()
+
+
+def test_what_is_damaged_on_its_way_is_read_again_and_what_is_damaged_there_is_refused(
+    tmp_path: Path, clock: _Clock
+) -> None:
+    class Noisy(PassingStore):
+        """The next answers have one byte flipped."""
+
+        num_flips = 0
+
+        def get(self, key: str) -> StoredObject:
+            found = super().get(key)
+            if not self.num_flips:
+                return found
+            self.num_flips -= 1
+            return StoredObject(bytes([found.data[0] ^ 1]) + found.data[1:], found.etag)
+
+    store = Noisy(LocalObjectStore(tmp_path))
+    version = publish(Registry(store), "one")
+    reader = RegistryReader(Registry(store), clock)
+    store.num_flips = 1
+    content = reader.content(version, StageClock())
+    entry = content.files["adapter_model.safetensors"]
+    store.num_flips = 1
+    assert reader.read_file(entry, StageClock()) == b"one"
+    store.num_flips = 2
+    with pytest.raises(AdapterCorruptError):
+        reader.read_file(entry, StageClock())
     assert reader.is_up()

@@ -115,7 +115,7 @@ class AdapterLoader:
             near: only as near as the source keeps them, after all others.
             retired: to be evicted from the device as soon as nobody uses them.
         """
-        residents = self._bank.residents()
+        residents = frozenset(self._bank.residents())
         with self._locked():
             now = self._clock()
             self._queue.drop_wishes()
@@ -124,7 +124,7 @@ class AdapterLoader:
                     is_here = version in residents or version in self._queue
                     if not is_here and not self._failures.is_resting(version, urgency, now):
                         self._enqueue(Load(version, urgency, now))
-            self._retired = retired.intersection(residents)
+            self._retired = retired & residents
             self._evict_soon()
 
     def rows_freed(self) -> None:

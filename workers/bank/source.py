@@ -27,7 +27,9 @@ class AdapterSource(Protocol):
     """Called from the loader's threads, once at a time per version. May take seconds and raise any of our errors."""
 
     def find_near(self, version: AdapterVersion) -> FetchedAdapter | None:
-        """From memory or this machine's disk; None where it is on neither, without waiting for what is far."""
+        """From memory or this machine's disk, without waiting for what is far; None where it is on neither, or
+        StoreUnavailableError where it is known besides that what is far cannot be reached.
+        """
 
     def get(self, version: AdapterVersion) -> FetchedAdapter:
         """From wherever it is; afterwards it is near."""

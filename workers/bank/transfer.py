@@ -1,8 +1,9 @@
 """The way of rows from the host to the device, beside the steps that compute there.
 
-On a GPU copies leave pinned memory on a stream of their own. Nobody waits on the host: the copies of a load wait, on
-the device, for the steps begun before it (which may still read the pages it overwrites), and the first step that uses
-what was loaded waits, on the device, for the copies. On a CPU a copy is a copy.
+On a GPU copies leave pinned memory on a stream of their own. Rows are pinned when they are copied, not while they are
+kept: that would save no step anything, and page-locked memory is the whole machine's. Nobody waits on the host: the
+copies of a load wait, on the device, for the steps begun before it (which may still read the pages it overwrites), and
+the first step that uses what was loaded waits, on the device, for the copies. On a CPU a copy is a copy.
 """
 
 from __future__ import annotations
