@@ -1,0 +1,121 @@
+"""The router answers Serve with single replicas in our order, puts lost ones last, and tells of them. No Ray runs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+
+from cluster.config import ClusterSettings
+from cluster.view import TableView
+from deployments import router as router_module
+from deployments.gateway import PreviewsOf
+from deployments.router import AdapterRouter
+from deployments.settings import Settings
+from storage.identity import AdapterSet, AdapterVersion
+from workers.engine.request import EngineRequest, SamplingParams
+
+DEPLOYMENT = DeploymentID("Engine", "flora")
+ONE = AdapterVersion("1" * 64)
+
+
+@dataclass
+class Replica:
+    replica_id: ReplicaID
+
+
+@dataclass
+class Metadata:
+    internal_request_id: str
+
+
+@dataclass
+class Pending:
+    args: list[Any]
+    metadata: Metadata
+
+
+REPLICAS = [Replica(ReplicaID(name, DEPLOYMENT)) for name in ("a", "b", "c")]
+
+
+@pytest.fixture
+def view() -> TableView:
+    return TableView(time.monotonic, ClusterSettings().table_ttl_s)
+
+
+@pytest.fixture
+def router(view: TableView, monkeypatch: pytest.MonkeyPatch) -> AdapterRouter:
+    monkeypatch.setattr(router_module, "shared_view", lambda spec: view)
+    router = AdapterRouter(DEPLOYMENT, DeploymentHandleSource.REPLICA)
+    settings = Settings()
+    router.initialize_state(
+        {
+            "app_name": "flora",
+            "base_id": "base",
+            "cluster": settings.cluster.model_dump(mode="json"),
+            "storage": settings.storage.model_dump(mode="json"),
+        }
+    )
+    return router
+
+
+def pending(name: str, *more: Any, version: AdapterVersion | None = ONE) -> Pending:
+    request = EngineRequest(name, (1,), SamplingParams(), AdapterSet.of(version))
+    return Pending([request, *more], Metadata(f"serve-{name}"))
+
+
+def order(router: AdapterRouter, asked: Pending | None) -> list[str]:
+    groups = asyncio.run(router.choose_replicas(REPLICAS, asked))
+    assert all(len(group) == 1 for group in groups)
+    return [group[0].replica_id.unique_id for group in groups]
+
+
+@pytest.mark.parametrize("version", [ONE, None])
+def test_every_candidate_is_tried_one_after_another(
+    router: AdapterRouter, version: AdapterVersion | None
+) -> None:
+    assert sorted(order(router, pending("r", version=version))) == ["a", "b", "c"]
+    assert sorted(order(router, None)) == ["a", "b", "c"], "a ping has no request"
+
+
+def test_a_replica_that_failed_this_request_is_tried_last(router: AdapterRouter) -> None:
+    first = order(router, pending("r"))[0]
+    again = order(router, pending("r-again", first))
+    assert again[-1] == first and sorted(again) == ["a", "b", "c"]
+
+
+def test_a_dead_replica_is_tried_last_by_everybody_and_reported(
+    router: AdapterRouter, view: TableView
+) -> None:
+    first = order(router, pending("r"))[0]
+    router.on_replica_actor_died(ReplicaID(first, DEPLOYMENT))
+    assert order(router, pending("other"))[-1] == first
+    assert view.take_report().lost == {first}
+
+
+def test_an_unreachable_replica_is_tried_last_and_nobody_else_is_told(
+    router: AdapterRouter, view: TableView
+) -> None:
+    router.on_replica_actor_unavailable(ReplicaID("b", DEPLOYMENT))
+    assert order(router, pending("r"))[-1] == "b"
+    assert not view.take_report().lost
+
+
+def test_demand_is_counted_once_for_each_attempt(router: AdapterRouter, view: TableView) -> None:
+    asked = pending("r")
+    for _ in range(3):  # Serve asks again while all are full
+        order(router, asked)
+    router.on_request_routed(asked, ReplicaID("c", DEPLOYMENT), None)
+    assert view.take_report().demand[ONE].requests == 1
+    router.on_request_completed(ReplicaID("c", DEPLOYMENT), "serve-r")
+
+
+def test_previews_come_from_the_replica_they_are_of(router: AdapterRouter) -> None:
+    asked = Pending([PreviewsOf("b", "reader")], Metadata("serve-p"))
+    assert order(router, asked) == ["b"]
+    gone = Pending([PreviewsOf("gone", "reader")], Metadata("serve-q"))
+    assert sorted(order(router, gone)) == ["a", "b", "c"]
