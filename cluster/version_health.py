@@ -16,7 +16,7 @@ from storage.identity import AdapterVersion
 class VersionHealth:
     """Not thread-safe: one caller at a time. A failure is remembered until the replica that told of it has the version
     on its device or is gone, or the version leaves quarantine: the content of a version never changes, so trying
-    again by itself would not help.
+    again by itself would not help. Bytes called corrupt may be whole by now: that is remembered as long as it is told.
     """
 
     def __init__(self) -> None:
@@ -31,8 +31,10 @@ class VersionHealth:
         for one in failed:
             if one.version not in device:
                 self._failures.setdefault(one.version, {})[replica_id] = one
+        told = {one.version for one in failed}
         for version in [v for v, by in self._failures.items() if replica_id in by]:
-            if version in device:
+            is_corrupt = self._failures[version][replica_id].code == AdapterCorruptError.code
+            if version in device or (is_corrupt and version not in told):
                 self._forget(version, replica_id)
 
     def forget(self, replica_id: str) -> None:

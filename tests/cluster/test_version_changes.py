@@ -317,6 +317,25 @@ def test_corrupt_bytes_are_a_suspicion_until_somebody_else_has_looked(cluster: C
     assert manager.state().failed_on[version(2)].keys() == {"a", "b"}
 
 
+def test_a_version_published_again_whole_is_served_though_replicas_called_it_corrupt_until_then(
+    cluster: Cluster,
+) -> None:
+    for replica in cluster.replicas.values():
+        replica.broken[version(2)] = corrupt(2)
+    cluster.publish({KEY: 2}, facts(1, 2), history={KEY: [1]})
+    cluster.beat(times=2)
+    cluster.publish({KEY: 2}, facts(1, 2), history={KEY: [1]}, quarantined=[2])
+    cluster.beat()
+    cluster.publish({KEY: 2}, facts(1, 2), history={KEY: [1]})
+    cluster.beat()  # they tell of it once more, late
+    for replica in cluster.replicas.values():
+        replica.broken.clear()
+        replica.failed.clear()
+    cluster.beat(times=5)
+    assert cluster.serving() == version(2)
+    assert cluster.manager.state().failed_on == {}
+
+
 def test_a_suspect_put_in_quarantine_is_no_suspect_any_more(cluster: Cluster) -> None:
     cluster.replicas["a"].failed[version(2)] = corrupt(2)
     cluster.publish({KEY: 2}, facts(1, 2), history={KEY: [1]})

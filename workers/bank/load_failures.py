@@ -23,7 +23,7 @@ RETRY_AFTER_S = 5.0
 PASSING_RETRY_AFTER_S = 1.0
 """The same where the next try may well succeed: the registry was away, or the version not published yet."""
 
-REPAIR_AFTER_S = 60.0
+REPAIR_AFTER_S = 15.0
 """How long a damaged version counts as failed: publishing it again repairs it."""
 
 FETCH_AGAIN_AFTER_S = 30.0
