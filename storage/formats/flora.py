@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,17 +60,22 @@ def unpack(path: str, b_RI: Tensor, a_RO: Tensor, metadata: Mapping[str, str]) -
         AdapterRefusedError: the metadata or the components are not what `pack` makes.
     """
     offset, rank = _described(path, metadata)
-    expected_b, expected_a = torch.zeros_like(b_RI[rank:]), torch.zeros_like(a_RO[rank:])
-    if offset == 0 and len(expected_b):
-        expected_b[0], expected_a[0] = 1, -1
     num_added = b_RI.shape[0] - rank
-    is_as_packed = torch.equal(b_RI[rank:], expected_b) and torch.equal(a_RO[rank:], expected_a)
-    if num_added < 1 - offset or not is_as_packed:
+    if num_added < 1 - offset or not _is_as_packed(b_RI[rank:], a_RO[rank:], offset):
         raise AdapterRefusedError(
             f"the module {path} does not have the {rank} FLoRA rows with offset {offset} that the file's metadata "
             "describes"
         )
     return ModuleRows(mul_a_RO=a_RO[:rank].clone(), mul_b_RI=b_RI[:rank].clone(), offset=offset)
+
+
+def _is_as_packed(added_b: Tensor, added_a: Tensor, offset: int) -> bool:
+    if not len(added_b):
+        return True
+    expected_b, expected_a = torch.zeros_like(added_b), torch.zeros_like(added_a)
+    if offset == 0:
+        expected_b[0], expected_a[0] = 1, -1
+    return torch.equal(added_b, expected_b) and torch.equal(added_a, expected_a)
 
 
 def _filled(module: ModuleRows, rank: int) -> tuple[Tensor, Tensor]:
@@ -84,10 +91,16 @@ def _filled(module: ModuleRows, rank: int) -> tuple[Tensor, Tensor]:
     return filled_b_RI, filled_a_RO
 
 
+@lru_cache(maxsize=8)
+def _ranks(text: str) -> Any:
+    """The same text is asked of for every module. What it returns is not to be changed."""
+    return json.loads(text)
+
+
 def _described(path: str, metadata: Mapping[str, str]) -> tuple[int, int]:
     try:
         offset = {"0": 0, "1": 1}[metadata[OFFSET]]
-        rank = json.loads(metadata[RANKS])[path]
+        rank = _ranks(metadata[RANKS])[path]
     except (KeyError, ValueError, TypeError, RecursionError):
         rank = None
     if type(rank) is not int or rank < 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import safetensors.torch
@@ -63,9 +64,9 @@ def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 def _check_values(name: str, tensor: Tensor) -> None:
     if tensor.numel() == 0:
         return
-    if not bool(torch.isfinite(tensor).all()):
+    largest = float(tensor.abs().max())  # NaN if there is one
+    if not math.isfinite(largest):
         raise AdapterRefusedError(f"tensor {name!r} has values that are not finite (NaN or inf)")
-    largest = float(tensor.abs().max())
     if largest > MAX_ABSOLUTE_VALUE:
         raise AdapterRefusedError(
             f"tensor {name!r} has the value {largest:.3g}; at most {MAX_ABSOLUTE_VALUE:.0f} is accepted"
