@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 
@@ -18,6 +18,8 @@ from workers.engine.request import RequestOutput
 
 IDLE_S = 2.0
 """A stream without requests ends after so long, so that it does not keep a replica that is to leave."""
+AGAIN_S = 0.2
+"""A stream that ended, or could not be opened because the replica is full, is opened again after so long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,20 +133,22 @@ class Previews:
 
     async def _read(self, replica_id: str) -> None:
         try:
-            has_news = True
-            # A stream that brought nothing would bring nothing the next time.
-            while has_news and any(
-                one.replica_id == replica_id for one in self._listeners.values()
-            ):
-                has_news = False
-                async with aclosing(self._open_stream(replica_id)) as stream:
-                    async for previews in stream:
-                        has_news = True
-                        for preview in previews:
-                            listener = self._listeners.get(preview.output.request_id)
-                            if listener is not None:
-                                listener.put(preview)
-        except OverloadedError:
-            pass  # each request's own call finds out what has become of the replica
+            while self._is_listened_to(replica_id):
+                # What has become of the replica, each request's own call finds out.
+                with suppress(OverloadedError):
+                    await self._read_once(replica_id)
+                if self._is_listened_to(replica_id):
+                    await asyncio.sleep(AGAIN_S)
         finally:
             del self._readers[replica_id]
+
+    async def _read_once(self, replica_id: str) -> None:
+        async with aclosing(self._open_stream(replica_id)) as stream:
+            async for previews in stream:
+                for preview in previews:
+                    listener = self._listeners.get(preview.output.request_id)
+                    if listener is not None:
+                        listener.put(preview)
+
+    def _is_listened_to(self, replica_id: str) -> bool:
+        return any(one.replica_id == replica_id for one in self._listeners.values())

@@ -13,6 +13,7 @@ import pytest
 from deployments import previews
 from deployments.gateway import PreviewsOf, ReplicaOutputs, ServeGateway
 from deployments.request_streams import RequestStreams
+from storage.errors import OverloadedError
 from tests.deployments.stepped_engine import SteppedEngine
 from workers.engine.request import EngineRequest, FinishReason, SamplingParams
 
@@ -31,15 +32,20 @@ class Call:
         item = await self._queue.get()
         if item is None:
             raise StopAsyncIteration
+        if isinstance(item, Exception):
+            raise item
         return item
 
     def cancel(self) -> None:
         self._task.cancel()
 
     async def _run(self, items: AsyncGenerator[Any, None], is_lost: Callable[[], bool]) -> None:
-        async for item in items:
-            if not is_lost():
-                self._queue.put_nowait(item)
+        try:
+            async for item in items:
+                if not is_lost():
+                    self._queue.put_nowait(item)
+        except OverloadedError as error:
+            self._queue.put_nowait(error)
         self._queue.put_nowait(None)
 
 
@@ -50,6 +56,7 @@ class Link:
     engine: SteppedEngine = field(default_factory=SteppedEngine)
     num_messages: Counter[str] = field(default_factory=Counter)
     is_read: bool = False
+    num_refusals: int = 0  # of calls for previews, as a full replica's
     loses: Callable[[int], bool] = lambda number: False  # which preview messages
 
     def __post_init__(self) -> None:
@@ -66,6 +73,9 @@ class Link:
             yield batch
 
     async def previews(self, wanted: PreviewsOf) -> previews.PreviewStream:
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise OverloadedError("full")
         self.is_read = True
         async for batch in self.streams.previews(wanted.reader):
             self.num_messages["previews"] += 1
@@ -159,6 +169,28 @@ def test_what_previews_lose_comes_with_the_call_in_order_and_once(
         await link.engine.step(12, "a", "b", reason=FinishReason.LENGTH)
         await asyncio.gather(*(reader.task for reader in readers))
         assert all(reader.tokens == list(range(1, 13)) for reader in readers)
+
+    run(test())
+
+
+def test_previews_that_a_full_replica_refuses_are_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(previews, "AGAIN_S", 0.01)
+
+    async def test() -> None:
+        link = Link(num_refusals=2)
+        reader = Reader(ServeGateway(link), "r")
+        await asyncio.sleep(0.01)
+        for token in (1, 2, 3):
+            await link.engine.step(token, "r")
+        assert reader.tokens == [1]
+        while link.num_refusals or len(reader.tokens) < 3:
+            await asyncio.sleep(0.01)
+        assert reader.tokens == [1, 2, 3]
+        await link.engine.step(4, "r", reason=FinishReason.LENGTH)
+        await reader.task
+        assert reader.tokens == [1, 2, 3, 4]
 
     run(test())
 
