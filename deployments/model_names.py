@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.published import Published, PublishedAdapter, facts_of
-from cluster.table import AdapterFacts
+from cluster.table import AdapterFacts, PlacementTable
 from cluster.view import TableView
 from storage.errors import (
     AdapterCorruptError,
@@ -112,13 +112,14 @@ class ModelNames:
         if wanted is None:
             return BASE_MODEL
         is_fresh = self._view.age_s <= self._table_ttl_s
-        known = self._known(wanted, trusts_table=is_fresh)
+        table = self._view.table
+        known = self._known(wanted, table if is_fresh else None, self._published())
         if known is not None:
             return known
         try:
             return await self._ask_registry(wanted, tenant)
         except StoreUnavailableError:
-            known = self._known(wanted, trusts_table=True)
+            known = self._known(wanted, table, None)
             if known is None:
                 raise
             return known
@@ -148,18 +149,21 @@ class ModelNames:
             (name.tenant, name.name, DEFAULT_ALIAS) in self._view.table.serving
         )
 
-    def _known(self, wanted: _Wanted, *, trusts_table: bool) -> ResolvedModel | None:
-        """Without asking anybody; None when there is no such name, alias or version in what is at hand."""
-        table, published = self._view.table, self._published()
+    def _known(
+        self, wanted: _Wanted, table: PlacementTable | None, published: Published | None
+    ) -> ResolvedModel | None:
+        """Without asking anybody; None when there is no such name, alias or version in what is at hand.
+
+        What the table has and the list has not is either new or deleted: the registry knows which.
+        """
         for name in wanted.names:
-            key = (name.tenant, name.name, wanted.selector)
-            version = table.serving.get(key) if trusts_table else None
-            facts = table.facts.get(version) if version else None
-            if version and facts:
-                return _adapter(name, version, facts)
             adapter = published.adapters.get(name) if published else None
-            if adapter is not None:  # and so no shared one of its name is meant
-                assert published is not None
+            if table is not None and (published is None or adapter is not None):
+                version = table.serving.get((name.tenant, name.name, wanted.selector))
+                facts = table.facts.get(version) if version else None
+                if version and facts:
+                    return _adapter(name, version, facts)
+            if published is not None and adapter is not None:  # and so no shared one of its name
                 return _version_of(adapter, wanted.selector, published)
         return None
 

@@ -13,6 +13,7 @@ from cluster.table import AdapterFacts, PlacementTable, TableUpdate
 from cluster.view import TableView
 from deployments.model_names import ASK_AGAIN_S, ModelNames
 from storage.errors import (
+    AdapterCorruptError,
     AmbiguousModelError,
     InvalidRequestError,
     StoreUnavailableError,
@@ -174,6 +175,43 @@ def test_an_old_table_gives_way_to_the_registry_unless_that_is_away(names: Names
     assert names.resolve("poet") == old
     with pytest.raises(StoreUnavailableError):
         names.resolve("clerk")
+
+
+def test_what_is_deleted_is_gone_at_once_though_the_table_has_it_still(names: Names) -> None:
+    names.serve("poet", names.publish("poet"))
+    names.list_all()
+    assert names.resolve("poet") is not None
+    names.registry.delete(AdapterName("default", "poet"))
+    names.list_all()
+    with pytest.raises(UnknownModelError):
+        names.resolve("poet")
+
+
+def test_a_version_is_known_without_the_registry_and_one_in_quarantine_is_refused(
+    names: Names,
+) -> None:
+    old, new = names.publish("poet", rank=1), names.publish("poet", rank=2)
+    names.serve("poet", new)
+    names.list_all()
+    for selector in (old, old[:8], f"sha256:{old}"):
+        assert names.resolve(f"poet@{selector}") == old
+    assert names.registry.num_asked == 0
+    entry = names.registry.content(old).files["f"]
+    names.registry._store.put(f"blobs/sha256/{entry.sha256}", b"damaged")
+    assert names.registry.quarantine(old, "damaged")
+    names.list_all()
+    with pytest.raises(AdapterCorruptError, match="in quarantine: damaged"):
+        names.resolve(f"poet@{old[:8]}")
+    assert names.resolve("poet") == new
+
+
+def test_a_shared_adapter_is_everybodys_unless_a_tenant_has_one_of_its_name(names: Names) -> None:
+    shared, own = names.publish("poet", 1, "shared"), names.publish("poet", 2, "ann")
+    names.list_all()
+    assert names.resolve("poet", "ann") == own
+    assert names.resolve("poet", "bob") == shared
+    with pytest.raises(UnknownModelError):  # the tenant's own has no such version
+        names.resolve(f"poet@{shared}", "ann")
 
 
 def test_another_tenants_adapter_is_as_unknown_as_none(names: Names) -> None:

@@ -148,6 +148,18 @@ def test_a_new_adapter_answers_without_a_restart(served: Served) -> None:
     assert served.is_right(served.complete("newcomer", "the"), "newcomer", "the", 8)
 
 
+def test_an_adapter_uploaded_over_http_answers_when_the_call_returns(served: Served) -> None:
+    parts = [("files", item) for item in served.world.files(2, 78, "flora").items()]
+    told = served.client.post("/v1/adapters", data={"name": "uploaded"}, files=parts)
+    assert told.status_code == 201, told.text
+    served.versions["uploaded"] = AdapterVersion(told.json()["version"])
+    assert served.is_right(served.complete("uploaded", "the"), "uploaded", "the", 8)
+    shown = served.client.get("/v1/adapters/uploaded").json()
+    assert shown["versions"][0]["tiers"] or shown["aliases"] == {"latest": told.json()["version"]}
+    assert served.client.delete("/v1/adapters/uploaded").status_code == 200
+    assert served.complete("uploaded", "the").status_code == 404
+
+
 def test_a_new_version_takes_over_without_a_failed_or_a_mixed_answer(served: Served) -> None:
     old = served.publish("changing", rank=1, seed=500)
     until(lambda: served.complete("changing", "the").status_code == 200, "the first version")
@@ -208,9 +220,9 @@ def test_only_this_machine_can_reach_the_server(served: Served) -> None:
     assert bound == {"127.0.0.1"}
 
 
-def test_a_server_that_anybody_could_reach_is_not_built(served: Served) -> None:
+def test_a_server_that_anybody_could_reach_is_not_built(served: Served, tmp_path: Path) -> None:
     with pytest.raises(SpecificationError) as caught:
-        build_app({"serve": {"allow_anonymous": False}})
+        build_app({"serve": {"allow_anonymous": False}, "storage": {"registry": str(tmp_path)}})
     assert caught.value.param == "serve.allow_anonymous"
     with pytest.raises(SpecificationError) as caught:
         build_app({"serve": {"allow_anonymous": True, "host": "0.0.0.0"}})
