@@ -99,6 +99,7 @@ class ScalingPolicy:
         self._scaler = Autoscaler(AutoscalingSettings(**settings), time.monotonic)
         self._link = ManagerLink(partial(ray.get_actor, manager, namespace), drain_s)
         self._running: frozenset[str] = frozenset()
+        self._reason = ""
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """The number of replicas for a `ray.serve.config.AutoscalingContext`; no state of Serve's is used."""
@@ -117,8 +118,10 @@ class ScalingPolicy:
         self._running = running
         if scale.wants_fewer:
             self._link.prepare()
-        if scale.replicas != target:
-            _log.info("replicas: %d, was %d: %s", scale.replicas, target, scale.reason)
+        if scale.reason != self._reason:
+            self._reason = scale.reason
+            if scale.reason:
+                _log.info("replicas: %d, were %d: %s", scale.replicas, target, scale.reason)
         return scale.replicas, {}
 
 
