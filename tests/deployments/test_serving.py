@@ -18,6 +18,7 @@ from cli.local_cluster import LocalCluster
 from deployments.app import build_app
 from storage.errors import SpecificationError
 from storage.identity import AdapterVersion
+from tests.deployments.metrics.scraping import scrape, value
 from tests.deployments.serving import Served, serve_world, until
 from tests.deployments.world import BASE_ID, World, settings_for
 
@@ -139,6 +140,20 @@ def test_demand_gives_adapters_their_holders(served: Served) -> None:
     one = next(each for each in adapters if each["id"] == "rank-1")
     replicas = {each["id"] for each in served.state()["replicas"]}
     assert set(one["versions"][0]["resident"]) <= replicas
+
+
+def test_both_replicas_figures_reach_the_ingress(served: Served) -> None:
+    before = value(scrape(served.url), "flora_engine_tokens_total")
+    for model in (BASE_ID, "rank-1", "rank-2", "rank-3"):
+        assert served.complete(model, PROMPTS[0]).status_code == 200
+    name = "flora_engine_tokens_total"
+    until(lambda: value(scrape(served.url), name) >= before + 4 * 8, "tokens are told")
+    samples = scrape(served.url)
+    assert value(samples, "flora_replicas") == 2
+    assert value(samples, "flora_registry_up") == value(samples, "flora_placement_manager_up") == 1
+    named = {dict(labels)["replica"] for each, labels in samples if each == "flora_bank_rows"}
+    assert named == {replica["id"] for replica in served.state()["replicas"]}
+    assert value(samples, "flora_generations_total", adapter="rank-3") >= 1
 
 
 def test_a_new_adapter_answers_without_a_restart(served: Served) -> None:
