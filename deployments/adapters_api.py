@@ -46,13 +46,20 @@ class RegisterRequest(BaseModel):
 
 
 class AliasRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        json_schema_extra={"example": {"version": "3f2a9c41d07b"}},
+    )
 
     version: str = Field(description="A version, at least 8 digits of one, or an alias.")
 
 
 class PinRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"example": {"copies": 2}}
+    )
 
     copies: int = Field(ge=1, le=1024, description="On how many replicas at least.")
 

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,7 +44,12 @@ def create_http_app(api: Api, *, is_behind_serve: bool = False) -> FastAPI:
     Args:
         is_behind_serve: Ray Serve's HTTP server puts `x-request-id` on requests and responses itself.
     """
-    app = FastAPI(title="FLoRA Cluster", version=VERSION)
+    app = FastAPI(
+        title="FLoRA Cluster",
+        version=VERSION,
+        # For /docs, which then asks for a key; who may come in is decided at the door.
+        dependencies=[Depends(HTTPBearer(auto_error=False))],
+    )
     app.state.api = replace(api, gateway=MeasuredGateway(api.gateway, api.metrics.requests))
     for module in (
         generation_api,

@@ -28,6 +28,13 @@ MAX_CHOICES = 128
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
+def _shown_as(**example: Any) -> ConfigDict:
+    """How bodies are read, and what /docs shows of one."""
+    return ConfigDict(
+        extra="forbid", strict=True, frozen=True, json_schema_extra={"example": example}
+    )
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -133,6 +140,8 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
+    model_config = _shown_as(model="captain", prompt="How do I learn to swim?", max_tokens=64)
+
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -200,6 +209,13 @@ class ChatMessage(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
+    model_config = _shown_as(
+        model="captain",
+        messages=[{"role": "user", "content": "How do I learn to swim?"}],
+        max_tokens=64,
+        stream=True,
+    )
+
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
@@ -234,7 +250,7 @@ def _or(value: float | None, default: float) -> float:
 class TokenizeRequest(BaseModel):
     """POST /tokenize: a text, or a conversation in the model's template."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = _shown_as(prompt="How do I learn to swim?")
 
     model: str | None = None
     prompt: str | None = None
@@ -245,7 +261,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = _shown_as(tokens=[2020, 536, 339])
 
     model: str | None = None
     tokens: list[int]

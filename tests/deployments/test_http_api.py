@@ -410,6 +410,37 @@ def test_adapters_are_listed_with_versions_and_aliases(server: LocalServer) -> N
     assert poet["versions"][0]["rank"] == 2
 
 
+def test_the_docs_show_every_route_and_an_example_of_every_body(server: LocalServer) -> None:
+    assert "swagger" in httpx.get(f"{server.url}/docs").text
+    schema = httpx.get(f"{server.url}/openapi.json").json()
+    assert set(schema["paths"]) >= {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/adapters",
+        "/v1/adapters/{name}",
+        "/v1/adapters/{name}/versions/{version}",
+        "/v1/adapters/{name}/aliases/{alias}",
+        "/v1/adapters/{name}/pin",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/v1/cluster",
+        "/health",
+        "/metrics",
+        "/version",
+        "/tokenize",
+        "/detokenize",
+    }
+    for path, methods in schema["paths"].items():
+        for method, route in methods.items():
+            body = route.get("requestBody", {}).get("content", {}).get("application/json")
+            if body is not None:
+                name = body["schema"].get("$ref", "").rpartition("/")[2]
+                shown = body.get("example") or schema["components"]["schemas"][name]["example"]
+                assert shown, (method, path)
+    assert schema["components"]["securitySchemes"]
+
+
 def test_the_version_is_the_projects(server: LocalServer) -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     assert httpx.get(f"{server.url}/version").json() == {"version": project["version"]}
