@@ -197,6 +197,7 @@ def measure(adapters: int, replicas: int, readers: int, seconds: float) -> list[
             result += rows_of(f"heartbeat{when}", cluster.heartbeats)
             result += rows_of(f"poll{when}", cluster.polls)
         cluster.stop()
+        actor.stop()
         return [*result, Row("plan, s", tuple(plans), better="lower")]
 
 

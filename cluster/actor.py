@@ -83,6 +83,7 @@ class PlacementActor:
         self._called_s = time.monotonic()
         self._registry_error: str | None = "not read yet"
         self.plan_s = 0.0  # how long the last plan took
+        self._is_over = False
         for work in (self._follow_registry, self._plan):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -135,11 +136,17 @@ class PlacementActor:
         if self._manager.wants_tick:
             self._due.set()
 
+    def stop(self) -> None:
+        """End its threads, soon."""
+        self._is_over = True
+        self._news.set()
+        self._due.set()
+
     def _follow_registry(self) -> None:
         registry: Registry | None = None
         reader: PublishedReader | None = None
         last: Published | None = None
-        while True:
+        while not self._is_over:
             try:
                 registry = registry or Registry(open_store(self._spec.storage))
                 reader = reader or PublishedReader(registry)
@@ -188,24 +195,32 @@ class PlacementActor:
             self._notice()
 
     def _plan(self) -> None:
-        while True:
+        while not self._is_over:
             self._due.wait(self._settings.tick_s)
             self._due.clear()
-            with self._lock:
-                inputs = self._manager.begin_tick()
-                idle_s = time.monotonic() - self._called_s
-            if inputs is not None:
-                began_s = time.perf_counter()
-                result = self._manager.plan(inputs)
-                self.plan_s = time.perf_counter() - began_s
-                with self._lock:
-                    self._manager.end_tick(result)
-                    self._figures.planned(result.placement.holders)
-                    self._notice()
+            try:
+                self._plan_once()
+            except Exception:
+                # This thread must outlive a plan that fails; the one before stays in force.
+                _log.exception("no plan can be made")
+            idle_s = time.monotonic() - self._called_s
             if idle_s > IDLE_EXIT_S:
                 _log.info("no replica or router has called for %.0f s; this manager ends", idle_s)
                 ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
             time.sleep(PLAN_PAUSE_S)
+
+    def _plan_once(self) -> None:
+        with self._lock:
+            inputs = self._manager.begin_tick()
+        if inputs is None:
+            return
+        began_s = time.perf_counter()
+        result = self._manager.plan(inputs)
+        self.plan_s = time.perf_counter() - began_s
+        with self._lock:
+            self._manager.end_tick(result)
+            self._figures.planned(result.placement.holders)
+            self._notice()
 
 
 def connect(spec: PlacementSpec) -> Any:
