@@ -12,20 +12,18 @@ knowledge.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from cluster.beginning import Beginning
 from cluster.config import ClusterSettings
 from cluster.live_replicas import LiveReplicas
+from cluster.orders import orders_for
 from cluster.placement import Placement, ReplicaSpace
 from cluster.planner import PlacementPlanner, Reservation
 from cluster.promotion import Promotion
 from cluster.registry_word import RegistryWord
 from cluster.serving import Flip, ServingVersions
-from cluster.spares import missing_copies
 from cluster.state import AliasMove, ClusterState
 from cluster.table import (
-    AdapterFacts,
     DemandSample,
     PlacementTable,
     ReaderReport,
@@ -34,33 +32,13 @@ from cluster.table import (
     TableUpdate,
 )
 from cluster.table_log import TableLog
+from cluster.ticks import TickInputs, TickResult, make_plan
 from cluster.version_health import VersionHealth
 from storage.errors import FailedVersion
 from storage.identity import AdapterVersion
 
 SHRINK_LEASE_S = 10.0
 """How long second copies are kept after the last word that a replica may have to go."""
-
-
-@dataclass(frozen=True, slots=True)
-class TickInputs:
-    """All that a plan is made from: a copy, so planning needs no lock."""
-
-    spaces: tuple[ReplicaSpace, ...]
-    facts: Mapping[AdapterVersion, AdapterFacts]
-    reserved: tuple[Reservation, ...]
-    demand: tuple[Mapping[AdapterVersion, DemandSample], ...]
-    inherited: tuple[tuple[Flip, float], ...]  # with the ratio of work per token
-    kept: Mapping[str, frozenset[AdapterVersion]] | None
-    """What each replica has on any tier; None when no replica is about to leave."""
-    bad: Mapping[AdapterVersion, str]
-
-
-@dataclass(frozen=True, slots=True)
-class TickResult:
-    placement: Placement
-    near: Mapping[str, tuple[AdapterVersion, ...]] | None
-    """Second copies still to be made, by replica; None when no replica is about to leave."""
 
 
 class PlacementManager:
@@ -286,15 +264,7 @@ class PlacementManager:
 
     def plan(self, inputs: TickInputs) -> TickResult:
         """The next plan. Needs no lock beside the other methods, but one caller at a time."""
-        for demand in inputs.demand:
-            self._planner.observe(demand)
-        for flip, work_ratio in inputs.inherited:
-            self._planner.inherit(flip.old, flip.new, work_ratio)
-        placement = self._planner.plan(inputs.spaces, inputs.facts, inputs.reserved)
-        if inputs.kept is None:
-            return TickResult(placement, None)
-        wanted = {*placement.holders, *placement.no_room} - inputs.bad.keys()
-        return TickResult(placement, missing_copies(wanted, inputs.kept))
+        return make_plan(self._planner, inputs)
 
     def end_tick(self, result: TickResult) -> None:
         """Put a plan in force."""
@@ -385,26 +355,15 @@ class PlacementManager:
         self._log.publish(serving, holders, facts)
 
     def _orders(self, replica_id: str) -> ReplicaOrders:
-        """What one replica should hold. Pins leave room for the largest adapter anybody may ask it for."""
-        one, plan, facts = self._replicas[replica_id], self.placement, self._word.facts
-        retired, admins = self._serving.retired, self._pinned()
-        mine = [
-            version
-            for version in plan.by_replica.get(replica_id, ())
-            if version in facts and version not in self._bad and version not in retired
-            if version in one.device or (version, replica_id) in plan.prefetch
-        ]
-        left = one.report.rows - self._word.largest_within(one.report.rows)
-        pinned = set()
-        for version in sorted(mine, key=lambda version: version not in admins):
-            if facts[version].rows <= left:
-                left -= facts[version].rows
-                pinned.add(version)
-        return ReplicaOrders(
-            self._log.epoch,
-            tuple(mine),
-            frozenset(pinned),
+        replica = self._replicas[replica_id]
+        return orders_for(
+            replica,
+            self.placement,
+            self._word.facts,
+            epoch=self._log.epoch,
+            spare_rows=self._word.largest_within(replica.report.rows),
+            kept=self._pinned(),
+            bad=self._bad,
+            retired=self._serving.retired,
             near=(self._near or {}).get(replica_id, ()),
-            retired=frozenset(version for version in retired if version in one.device),
-            asks_all=one.report.is_brief,
         )
