@@ -1,7 +1,8 @@
 """Which loads of adapters are under way, and which is next. Plain data; the loader's lock guards it.
 
-There are two lanes, each with threads of its own: a load begins in the near one, and moves to the far one when the
-adapter is neither in memory nor on disk. So a registry that does not answer holds up nobody whose adapter is near.
+There are two lanes, each with threads of its own: a load begins in the near one, visits the far one when the adapter
+is neither in memory nor on disk, and ends in the near one. So a registry that does not answer holds up nobody whose
+adapter is near, and no more threads than one lane has write to the device, however many wait for the registry.
 """
 
 from __future__ import annotations

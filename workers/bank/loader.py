@@ -33,7 +33,7 @@ class AdapterLoader:
     Args:
         source: fetches a version's rows.
         base_digest: of the model served; an adapter bound to another one is refused.
-        concurrency: threads, so loads at a time: so many for what is near, and as many for what is far.
+        concurrency: threads, so loads at a time: so many for what is near, and as many to fetch what is far.
         clock: seconds, monotonic.
     """
 
@@ -246,7 +246,9 @@ class AdapterLoader:
     def _carry_out(self, load: Load, num_freed: int) -> None:
         stages = StageClock()
         try:
-            if not self._fetch(load):
+            if load.fetched is None:
+                self._fetch(load)
+            if self._moves_on(load):
                 return
             if load.urgency is not Urgency.KEPT:
                 with stages.stage("device"):
@@ -259,21 +261,25 @@ class AdapterLoader:
             self._loaded(load, stages.stage_s)
         self._on_change()
 
-    def _fetch(self, load: Load) -> bool:
-        """Get its rows; false when they are not near, and the load waits in the other lane."""
-        if load.fetched is not None:
-            return True
+    def _fetch(self, load: Load) -> None:
         if load.lane is Lane.FAR:
             load.fetched = self._source.get(load.version)
         else:
             load.fetched = self._source.find_near(load.version)
         if load.fetched is not None:
             _check_base(load.fetched.rows, self._base_digest)
-            return True
+
+    def _moves_on(self, load: Load) -> bool:
+        """Whether the other lane does what is left: fetch what is not near, or bring to the device what now is."""
         with self._condition:
-            load.lane = Lane.FAR
+            if load.lane is Lane.NEAR and load.fetched is None:
+                load.lane = Lane.FAR
+            elif load.lane is Lane.FAR and load.urgency is not Urgency.KEPT:
+                load.lane = Lane.NEAR
+            else:
+                return False
             self._enqueue(load)
-        return False
+            return True
 
     def _bring(self, load: Load) -> None:
         assert load.fetched is not None
