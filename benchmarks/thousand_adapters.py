@@ -26,190 +26,39 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import count, cycle, pairwise
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoConfig
 
+from benchmarks.adapter_traffic import SEED, Plan, Side, Traffic, p99
 from benchmarks.command import add_runner, engine_settings, parse, parser_of
 from benchmarks.population import publish_on_all_cores
 from benchmarks.results_file import Row, print_rows, write_result
 from benchmarks.s3_process import BUCKET, CREDENTIALS, S3Process, s3_process
-from benchmarks.stream_client import Streamed, stream
-from benchmarks.workload import Batch, Zipf
+from benchmarks.stream_client import Streamed
+from benchmarks.workload import Zipf
 from cli.local_cluster import start_cluster
 from cli.serving import deploy_on, logical_cpus
 from deployments.settings import Settings
 from storage.config import StorageSettings
 from workers.config import EngineSettings
 
+Figures = dict[tuple[str, str], float]
+
 CLAIM = (
     "Two replicas with room for 64 adapters each serve a thousand on S3: nobody starves, and loads cost warm rows "
     "at most a tenth of the time between tokens."
 )
-SEED = 0
 LOAD_BAR = 1.10
 P99_WAIT_BAR_S = 3.0
 LONGEST_WAIT_BAR_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Sizes of both experiments."""
-
-    adapters: int = 1000
-    room: int = 64  # adapters of rank 1 on each of two replicas
-    sequences: int = 8  # that each replica runs at once
-    # Waiting.
-    clients: int = 16
-    requests: int = 1000
-    warm_up_requests: int = 200
-    prompt_tokens: int = 32
-    vocabulary: int = 40_000  # or the base's, if that has fewer tokens
-    answer_tokens: int = 24
-    # What loads cost others.
-    warm_clients: int = 8
-    warm_adapters: int = 8
-    warm_answer_tokens: int = 48
-    hit_adapters: int = 16
-    arrivals_per_s: float = 4.0
-    arrival_tokens: int = 2
-    side_s: float = 10.0
-
-
 QUICK = Plan(adapters=300, requests=200, warm_up_requests=50, side_s=4.0)
-
-
-class Bench:
-    """Both experiments against a running application.
-
-    Args:
-        names: of the adapters, the most popular first.
-    """
-
-    def __init__(self, url: str, names: Sequence[str], plan: Plan) -> None:
-        self._url = f"{url}/v1/completions"
-        self._names = list(names)
-        self._plan = plan
-        self._asked: set[str] = set()
-        self._prompts = _prompts(plan.prompt_tokens, plan.vocabulary)
-        self.failures: list[Streamed] = []
-
-    async def waiting(self) -> list[Streamed]:
-        """The answers of the closed loop, those of its warm-up left out."""
-        plan = self._plan
-        total = plan.warm_up_requests + plan.requests
-        drawn = Zipf(plan.adapters).draw(total, SEED)
-        order = iter(drawn)
-        answers: list[Streamed] = []
-
-        async def client() -> None:
-            for index in order:
-                answers.append(await self._ask(self._names[index], plan.answer_tokens))
-
-        await asyncio.gather(*(client() for _ in range(plan.clients)))
-        return answers[plan.warm_up_requests :]
-
-    async def loads_cost(self, rounds: int) -> list[tuple[Side, Side]]:
-        """(hits, misses) of each round; the sides take turns, and so does who begins."""
-        plan = self._plan
-        hot = self._names[: plan.warm_adapters]
-        hits = self._names[plan.warm_adapters :][: plan.hit_adapters]
-        untouched = iter([name for name in self._names if name not in self._asked])
-        warm: list[Streamed] = []
-        is_over = asyncio.Event()
-
-        async def keep_streaming(name: str) -> None:
-            while not is_over.is_set():
-                warm.append(await self._ask(name, plan.warm_answer_tokens))
-
-        taken = []
-        async with asyncio.TaskGroup() as clients:
-            for number in range(plan.warm_clients):
-                clients.create_task(keep_streaming(hot[number % len(hot)]))
-            for number in range(-1, rounds):  # the first one warms up
-                found: dict[bool, Window] = {}
-                for is_miss in (number % 2 == 0, number % 2 != 0):
-                    await asyncio.gather(*(self._ask(name, 1) for name in hits))
-                    found[is_miss] = await self._window(untouched if is_miss else cycle(hits))
-                    print(f"round {number}  {_told(found[is_miss])}", flush=True)
-                taken.append((found[False], found[True]))
-            is_over.set()
-        whole = [one for one in warm if one.is_whole]
-        return [(Side.of(hit, whole), Side.of(miss, whole)) for hit, miss in taken[1:]]
-
-    async def _window(self, names: Iterator[str]) -> Window:
-        """Requests for `names` at a fixed rate."""
-        plan = self._plan
-        began_s = time.perf_counter()
-        arrivals = []
-        for number in range(int(plan.side_s * plan.arrivals_per_s)):
-            await asyncio.sleep(began_s + number / plan.arrivals_per_s - time.perf_counter())
-            arrivals.append(asyncio.create_task(self._ask(next(names), plan.arrival_tokens)))
-        await asyncio.sleep(began_s + plan.side_s - time.perf_counter())
-        ended_s = time.perf_counter()
-        answers = await asyncio.gather(*arrivals)
-        return Window(began_s, ended_s, tuple(one for one in answers if one.is_whole))
-
-    async def _ask(self, name: str, answer_tokens: int) -> Streamed:
-        self._asked.add(name)
-        answer = await stream(self._url, name, next(self._prompts), answer_tokens)
-        if not answer.is_whole:
-            self.failures.append(answer)
-            print(f"{name}: {answer.error}", flush=True)
-        return answer
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """When one side of a round was, and its arrivals."""
-
-    began_s: float
-    ended_s: float
-    arrivals: tuple[Streamed, ...]
-
-    @property
-    def on_device(self) -> float:
-        """The share of arrivals that found their adapter on the device."""
-        return sum(one.tier == "device" for one in self.arrivals) / len(self.arrivals)
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """What warm streams did during one side of a round."""
-
-    on_device: float  # share of the arrivals
-    inter_token_s: float
-    p99_pause_s: float
-
-    @classmethod
-    def of(cls, window: Window, warm: Sequence[Streamed]) -> Side:
-        seconds = tokens = 0.0
-        pauses: list[float] = []
-        for one in warm:
-            inside = [at_s for at_s in one.event_s if window.began_s <= at_s <= window.ended_s]
-            if len(inside) < 2:
-                continue
-            seconds += inside[-1] - inside[0]
-            # An event may bring several tokens, or none that is a character yet.
-            tokens += (len(inside) - 1) * (one.tokens - 1) / (len(one.event_s) - 1)
-            pauses += [after - before for before, after in pairwise(inside)]
-        return cls(window.on_device, seconds / tokens, _p99(pauses))
-
-
-def _told(window: Window) -> str:
-    waits = [one.first_token_s for one in window.arrivals]
-    return (
-        f"{len(waits)} arrivals, {window.on_device:.0%} on the device, "
-        f"first token after {median(waits):.2f} s, the latest after {max(waits):.2f} s"
-    )
 
 
 def waiting_rows(answers: Sequence[Streamed]) -> list[Row]:
@@ -217,7 +66,7 @@ def waiting_rows(answers: Sequence[Streamed]) -> list[Row]:
     waits = [one.first_token_s for one in whole]
     tiers = Counter(one.tier for one in whole)
     rows = [
-        Row("p99 of all waits, s", (_p99(waits),), P99_WAIT_BAR_S, "lower"),
+        Row("p99 of all waits, s", (p99(waits),), P99_WAIT_BAR_S, "lower"),
         Row("the longest wait, s", (max(waits),), LONGEST_WAIT_BAR_S, "lower"),
     ]
     for tier in ("device", "host", "disk", "registry"):
@@ -227,9 +76,9 @@ def waiting_rows(answers: Sequence[Streamed]) -> list[Row]:
             continue
         rows += [
             Row(f"{tier}: first token, median s", (median(x.first_token_s for x in those),)),
-            Row(f"{tier}: first token, p99 s", (_p99([x.first_token_s for x in those]),)),
+            Row(f"{tier}: first token, p99 s", (p99([x.first_token_s for x in those]),)),
             Row(f"{tier}: waiting in the replica, median s", (median(x.queue_s for x in those),)),
-            Row(f"{tier}: waiting in the replica, p99 s", (_p99([x.queue_s for x in those]),)),
+            Row(f"{tier}: waiting in the replica, p99 s", (p99([x.queue_s for x in those]),)),
         ]
     return rows
 
@@ -252,17 +101,6 @@ def cost_rows(taken: Sequence[tuple[Side, Side]]) -> list[Row]:
         told("hits that needed a load, share", (1 - hits.on_device for hits, _ in taken)),
         told("misses that needed none, share", (miss.on_device for _, miss in taken)),
     ]
-
-
-def _p99(values: Sequence[float]) -> float:
-    return quantiles(values, n=100, method="inclusive")[98]
-
-
-def _prompts(tokens: int, vocabulary: int) -> Iterator[list[int]]:
-    """Other prompts all the time, so that no cache of prefixes helps anybody."""
-    batch = Batch(requests=256, prompt_tokens=tokens, vocabulary=vocabulary)
-    for seed in count(SEED):
-        yield from batch.prompts(seed)
 
 
 def sized(base: Path, directory: Path, s3_url: str, plan: Plan, engine: EngineSettings) -> Settings:
@@ -293,37 +131,51 @@ def sized(base: Path, directory: Path, s3_url: str, plan: Plan, engine: EngineSe
     )
 
 
-def figures(url: str) -> dict[str, float]:
-    """The server's own counters, of all labels together."""
+def figures(url: str) -> Figures:
+    """The server's own figures that have at most one label, by name and that label's value."""
     text = httpx.get(f"{url}/metrics", timeout=30).text
-    totals: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-    return totals
+    samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+    return {
+        (one.name, "".join(one.labels.values())): one.value
+        for one in samples
+        if len(one.labels) < 2
+    }
+
+
+def load_rows(grown: Figures, misses: int, s3_cpu_s: float) -> list[Row]:
+    """Where the time of loads went, by the server's own word."""
+    loads = grown["flora_adapter_loads_total", ""]
+    waited_s = grown["flora_step_load_wait_seconds_total", ""]
+    stage = "flora_adapter_load_stage_seconds"
+    means = {
+        name: 1000 * grown[f"{stage}_sum", name] / count
+        for (each, name), count in grown.items()
+        if each == f"{stage}_count" and count
+    }
+    return [
+        Row("loads for each arrival that missed", (loads / misses,)),
+        Row("ms that steps waited for loads, for each load", (1000 * waited_s / loads,)),
+        Row("CPU ms of the S3 server, for each load", (1000 * s3_cpu_s / loads,)),
+        *(Row(f"a load: {name}, mean ms", (mean,)) for name, mean in sorted(means.items())),
+    ]
 
 
 async def measure(
     url: str, names: Sequence[str], plan: Plan, rounds: int, s3: S3Process
 ) -> list[Row]:
-    bench = Bench(url, names, plan)
-    answers = await bench.waiting()
+    traffic = Traffic(url, names, plan)
+    answers = await traffic.waiting()
     before, cpu_s = figures(url), s3.cpu_s
-    taken = await bench.loads_cost(rounds)
+    taken = await traffic.loads_cost(rounds)
     after, cpu_s = figures(url), s3.cpu_s - cpu_s
-    loads = after["flora_adapter_loads_total"] - before["flora_adapter_loads_total"]
+    grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
+    misses = (rounds + 1) * int(plan.side_s * plan.arrivals_per_s)
     return [
-        Row("requests that failed", (float(len(bench.failures)),), 0.0, "lower"),
+        Row("requests that failed", (float(len(traffic.failures)),), 0.0, "lower"),
         *waiting_rows(answers),
         *cost_rows(taken),
-        Row("ms that steps waited for loads, per load", (_wait_ms(before, after) / loads,)),
-        Row("CPU ms of the S3 server, per load", (1000 * cpu_s / loads,)),
+        *load_rows(grown, misses, cpu_s),
     ]
-
-
-def _wait_ms(before: dict[str, float], after: dict[str, float]) -> float:
-    name = "flora_step_load_wait_seconds_total"
-    return 1000 * (after[name] - before[name])
 
 
 def main() -> None:
