@@ -25,7 +25,7 @@ from storage.load_stages import Stage, StageClock
 from storage.manifest import ManifestContent
 from storage.registry import Registry
 from storage.registry_reader import RegistryReader
-from storage.stores import open_store
+from storage.stores import open_store_to_read
 
 FAILURE_KEPT_S = 5.0
 """How long a version that exists but cannot be served is refused without looking again."""
@@ -68,8 +68,8 @@ class AdapterCache:
 
     @classmethod
     def open(cls, settings: StorageSettings) -> Self:
-        """Before the registry that the settings name. Raises StoreUnavailableError, InvalidRequestError."""
-        return cls(Registry(open_store(settings)), settings)
+        """Before the registry that the settings name, which may be away. Raises InvalidRequestError."""
+        return cls(Registry(open_store_to_read(settings)), settings)
 
     def find_near(self, version: AdapterVersion) -> CachedAdapter | None:
         """An adapter's rows from memory or disk, None if they are on neither: never waits for the registry, nor for

@@ -26,6 +26,11 @@ def open_store(settings: StorageSettings) -> ObjectStore:
     return store
 
 
+def open_store_to_read(settings: StorageSettings) -> ObjectStore:
+    """The same store for who never writes to it: it may be away, and is not probed. Raises InvalidRequestError."""
+    return _connect(settings)
+
+
 def check_conditional_writes(store: ObjectStore) -> None:
     """Prove on one object of its own that a lost race is reported; remove the object again.
 

@@ -27,6 +27,7 @@ from storage.local_store import LocalObjectStore
 from storage.object_store import StoredObject
 from storage.registry import Registry
 from storage.registry_reader import PROBE_AWAY_S
+from storage.stores import open_store
 from tests.storage.passing_store import PassingStore
 from tests.storage.published import ROWS_BYTES, is_same, publish_rows
 from tests.storage.versions import publish
@@ -128,6 +129,17 @@ def test_what_is_near_keeps_serving_while_the_registry_is_away(
     clock.now_s += PROBE_AWAY_S
     eventually(cache.is_registry_up)
     assert cache.get(two).tier == "registry", "an outage is not remembered once it is over"
+
+
+def test_a_replica_that_starts_while_the_registry_is_away_has_what_is_on_its_disk(
+    s3_settings: StorageSettings, tmp_path: Path
+) -> None:
+    chosen = s3_settings.model_copy(update={"cache_dir": tmp_path})
+    version = publish_rows(Registry(open_store(chosen)), 1)
+    AdapterCache.open(chosen).get(version)
+    nobody = chosen.model_copy(update={"s3_endpoint_url": "http://127.0.0.1:9"})
+    adapter = AdapterCache.open(nobody).get(version)
+    assert adapter.tier == "disk" and is_same(adapter.rows, 1)
 
 
 def test_what_is_near_is_found_without_the_registry(
