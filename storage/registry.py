@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 from storage import layout
@@ -29,7 +28,6 @@ from storage.errors import (
     AmbiguousModelError,
     FloraError,
     InvalidRequestError,
-    OverloadedError,
     UnknownModelError,
 )
 from storage.generation import bump_generation, read_generation
@@ -40,7 +38,6 @@ from storage.identity import (
     VERSION_START,
     AdapterName,
     AdapterVersion,
-    canonical_json,
     checked_name,
     checked_version,
     is_name,
@@ -57,15 +54,18 @@ from storage.manifest import (
     ManifestContent,
     Pin,
     Provenance,
-    Quarantine,
     Tombstone,
 )
-from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
+from storage.object_store import ObjectNotFoundError, ObjectStore
+from storage.quarantine import (
+    is_in_quarantine,
+    put_in_quarantine,
+    read_quarantined,
+    reason_of,
+)
 from storage.ranged_reads import read_object
-from storage.records import decode, encode, read, swap
-from storage.sweep import was_swept
-
-_ATTEMPTS = 5
+from storage.records import decode, read, swap
+from storage.version_writer import write_version
 
 _log = logging.getLogger(__name__)
 
@@ -121,16 +121,7 @@ class Registry:
         if alias is not None:
             checked_name(alias, param="alias")
         manifest = Manifest(content=content, provenance=provenance, pages=pages)
-        for _ in range(_ATTEMPTS):
-            # Twice: a publisher that is killed after its commit must not leave a version without its files.
-            blobs = self._write_blobs(files, content)
-            if self._was_swept(blobs):
-                continue
-            manifest_key = self._commit(name, manifest)
-            if not self._was_swept((*blobs, manifest_key)):
-                break
-        else:
-            raise OverloadedError("garbage collection is at work on these files; try again")
+        write_version(self._store, name, files, manifest, self._clock, self._sleep)
         version = content.version
         if alias is not None:
             self._move(name, alias, version)
@@ -368,25 +359,17 @@ class Registry:
         Returns:
             Whether it is in quarantine now; False when its files are as their digests say.
         """
-        key = layout.quarantine(checked_version(version))
-        record = Quarantine(reason=reason, since_s=self._clock())
-        swap(self._store, key, Quarantine, lambda old: None if old else record)
+        put_in_quarantine(self._store, checked_version(version), reason, self._clock())
         # After the record is written: a publisher that repairs the files from here on takes it away itself.
         is_damaged = not self.is_undamaged(version)
         if not is_damaged:
-            self._store.delete(key)
+            self._store.delete(layout.quarantine(version))
         self._announce()
         return is_damaged
 
     def quarantined(self) -> dict[AdapterVersion, str]:
         """Every version in quarantine, and why."""
-        found = {}
-        for entry in self._store.list(layout.QUARANTINE):
-            version = layout.parse_quarantine(entry.key)
-            record = None if version is None else read(self._store, entry.key, Quarantine)
-            if version is not None and record is not None:
-                found[version] = record.reason
-        return found
+        return read_quarantined(self._store)
 
     def is_undamaged(self, version: AdapterVersion) -> bool:
         """Whether every stored byte of a version is what its digests say. Reads all of them."""
@@ -423,31 +406,6 @@ class Registry:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def _write_blobs(self, files: Mapping[str, bytes], content: ManifestContent) -> tuple[str, ...]:
-        blobs = {layout.blob(sha256_hex(data)): data for data in files.values()}
-        blobs[layout.blob(content.version)] = canonical_json(content.model_dump(mode="json"))
-        # Blobs are written even if they exist: their new time keeps garbage collection away from them.
-        for key, data in blobs.items():
-            self._store.put(key, data)
-        return tuple(blobs)
-
-    def _commit(self, name: AdapterName, manifest: Manifest) -> str:
-        """Let the version exist and be good; returns its manifest's key."""
-        version = manifest.version
-        key = layout.manifest(name, version)
-        try:
-            self._store.put_if_absent(key, encode(manifest))
-        except PreconditionFailedError:
-            with suppress(UnknownModelError):  # collected since: `_was_swept` tells
-                read_manifest(self._store, name, version)
-        self._revive(name, version)
-        if self._store.exists(layout.quarantine(version)):
-            self._store.delete(layout.quarantine(version))
-        return key
-
-    def _was_swept(self, keys: Collection[str]) -> bool:
-        return was_swept(self._store, keys, self._clock, self._sleep)
-
     def _meant(self, name: AdapterName, selector: str) -> tuple[AdapterVersion, ...]:
         """The version a selector names, and for an alias those it meant before, newest first."""
         record = None
@@ -473,15 +431,14 @@ class Registry:
     def _intact(self, name: AdapterName, versions: Sequence[AdapterVersion]) -> AdapterVersion:
         found = newest_good(versions, self._is_intact)
         if found is None:
-            record = read(self._store, layout.quarantine(versions[0]), Quarantine)
-            reason = "its files are damaged" if record is None else record.reason
+            reason = reason_of(self._store, versions[0]) or "its files are damaged"
             raise AdapterCorruptError(
                 f"version {versions[0][:12]} of adapter {name.name!r} is in quarantine ({reason}); publish it again"
             )
         return found
 
     def _is_intact(self, version: AdapterVersion) -> bool:
-        return not self._store.exists(layout.quarantine(version))
+        return not is_in_quarantine(self._store, version)
 
     def _move(self, name: AdapterName, alias: str, version: AdapterVersion) -> AliasRecord:
         def point(old: AliasRecord | None) -> AliasRecord | None:
@@ -496,14 +453,6 @@ class Registry:
         record = swap(self._store, layout.alias(name, alias), AliasRecord, point)
         assert record is not None  # `point` makes one when there is none
         return record
-
-    def _revive(self, name: AdapterName, version: AdapterVersion) -> None:
-        def unbury(old: Tombstone | None) -> Tombstone | None:
-            if old is None or version not in old.versions:
-                return None
-            return old.without(version)
-
-        swap(self._store, layout.tombstone(name), Tombstone, unbury)
 
     def _announce(self, name: AdapterName | None = None) -> None:
         """Tell readers, of one adapter's change or, with None, of a quarantine. The change itself is done already, so

@@ -11,7 +11,7 @@ import pytest
 from cli.settings import storage_settings
 from storage import layout
 from storage.adapter_directory import write_directory
-from storage.identity import AdapterName
+from storage.identity import AdapterName, AdapterVersion
 from storage.object_store import ObjectStore
 from storage.registry import Registry
 from storage.stores import open_store
@@ -23,13 +23,13 @@ CAPTAIN = AdapterName("default", "captain")
 
 
 @pytest.fixture
-def two_versions(flora: Flora, tmp_path: Path, tiny_llama_dir: Path) -> list[str]:
+def two_versions(flora: Flora, tmp_path: Path, tiny_llama_dir: Path) -> list[AdapterVersion]:
     """`captain` as first and second published, `latest` at the second."""
     versions = []
     for number in (1, 2):
         directory = tmp_path / f"v{number}"
         write_directory(directory, adapter_files(tiny_llama_dir, seed=number))
-        versions.append(push(flora, directory, tiny_llama_dir))
+        versions.append(AdapterVersion(push(flora, directory, tiny_llama_dir)))
     return versions
 
 
@@ -37,16 +37,16 @@ def opened(home: Path) -> ObjectStore:
     return open_store(storage_settings(str(home / "registry"), None))
 
 
-def damage(home: Path, version: str) -> None:
+def damage(home: Path, version: AdapterVersion) -> None:
     store = opened(home)
-    files = Registry(store).content(version).files  # type: ignore[arg-type]
+    files = Registry(store).content(version).files
     key = layout.blob(files["adapter_model.safetensors"].sha256)
     data = bytearray(store.get(key).data)
     data[-1] ^= 1
     store.put(key, bytes(data))
 
 
-def test_an_alias_goes_back_and_forth(flora: Flora, two_versions: list[str]) -> None:
+def test_an_alias_goes_back_and_forth(flora: Flora, two_versions: list[AdapterVersion]) -> None:
     first, second = two_versions
     for expected in (first, second):
         back = as_json(flora("adapters", "alias", "captain", "latest", "--back", "--json"))
@@ -63,7 +63,7 @@ def test_an_alias_goes_back_and_forth(flora: Flora, two_versions: list[str]) -> 
 
 
 def test_one_version_is_deleted_unless_an_alias_means_it(
-    flora: Flora, two_versions: list[str]
+    flora: Flora, two_versions: list[AdapterVersion]
 ) -> None:
     first, second = two_versions
     refused = flora("adapters", "rm", f"captain@{second[:12]}", "--yes", code=2)
@@ -77,9 +77,9 @@ def test_one_version_is_deleted_unless_an_alias_means_it(
     )
 
 
-def test_lists_come_in_pages(flora: Flora, home: Path, two_versions: list[str]) -> None:
+def test_lists_come_in_pages(flora: Flora, home: Path, two_versions: list[AdapterVersion]) -> None:
     registry = Registry(opened(home))
-    content = registry.content(two_versions[0])  # type: ignore[arg-type]
+    content = registry.content(two_versions[0])
     files = {path: registry.read_file(entry) for path, entry in content.files.items()}
     provenance = registry.manifest(CAPTAIN, content.version).provenance
     for number in range(5):
@@ -93,7 +93,11 @@ def test_lists_come_in_pages(flora: Flora, home: Path, two_versions: list[str]) 
 
 
 def test_a_flipped_bit_is_named_and_quarantined_and_publishing_again_repairs_it(
-    flora: Flora, home: Path, two_versions: list[str], tmp_path: Path, tiny_llama_dir: Path
+    flora: Flora,
+    home: Path,
+    two_versions: list[AdapterVersion],
+    tmp_path: Path,
+    tiny_llama_dir: Path,
 ) -> None:
     first, second = two_versions
     assert as_json(flora("adapters", "verify", "--json"))["damaged"] == []
@@ -113,7 +117,7 @@ def test_a_flipped_bit_is_named_and_quarantined_and_publishing_again_repairs_it(
 
 
 def test_garbage_is_shown_first_and_deleted_when_asked(
-    flora: Flora, two_versions: list[str]
+    flora: Flora, two_versions: list[AdapterVersion]
 ) -> None:
     flora("adapters", "rm", "captain", "--yes")
     assert as_json(flora("adapters", "gc", "--json"))["versions"] == [], "the grace period"
@@ -125,12 +129,14 @@ def test_garbage_is_shown_first_and_deleted_when_asked(
     assert as_json(flora("adapters", "gc", "--grace-hours", "0", "--json"))["files"] == 0
 
 
-def test_old_versions_go_when_asked(flora: Flora, two_versions: list[str]) -> None:
+def test_old_versions_go_when_asked(flora: Flora, two_versions: list[AdapterVersion]) -> None:
     looked = flora("adapters", "gc", "--keep-versions", "0", "--json")
     assert as_json(looked)["old_versions"] == [], "latest remembers both"
 
 
-def test_a_pin_stays_until_it_is_taken_off(flora: Flora, two_versions: list[str]) -> None:
+def test_a_pin_stays_until_it_is_taken_off(
+    flora: Flora, two_versions: list[AdapterVersion]
+) -> None:
     flora("adapters", "pin", "captain", "--copies", "2")
     assert as_json(flora("adapters", "ls", "--json"))[0]["pinned_copies"] == 2
     assert "2 replica" in flora("adapters", "show", "captain").stdout

@@ -12,6 +12,7 @@ from storage.config import StorageSettings
 from storage.errors import StoreUnavailableError
 from storage.identity import AdapterName
 from storage.index import claim_comparison, reconcile
+from storage.index_entry import AdapterEntry
 from storage.index_reader import COMPARE_S, IndexReader
 from storage.object_store import ObjectStore
 from storage.registry import Registry
@@ -109,8 +110,8 @@ def test_an_index_that_is_lost_or_damaged_is_made_from_the_records(
     assert following.read().adapters[named(2)].aliases["latest"].version == version_of("more")
 
 
-def strip(entry: object) -> object:
-    return entry.model_copy(update={"revision": 0})  # type: ignore[attr-defined]
+def strip(entry: AdapterEntry) -> AdapterEntry:
+    return entry.model_copy(update={"revision": 0})
 
 
 def test_a_lost_shard_is_missed_at_once_by_whoever_knew_it(store: ObjectStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from storage.config import StorageSettings
 from storage.errors import UnknownModelError
+from storage.index import reconcile
 from storage.registry import Registry
 from storage.stores import open_store
 from tests.storage.passing_store import InterruptingStore
@@ -49,48 +51,19 @@ def test_of_many_publishers_every_version_stays_and_every_move_counts(
     assert latest.version in {version_of(f"{publisher}/2") for publisher in range(8)}
 
 
-_PUBLISHER = """
-import sys
-from storage.config import StorageSettings
-from storage.registry import Registry
-from storage.stores import open_store
-from tests.storage.versions import publish
-
-registry = Registry(open_store(StorageSettings.model_validate_json(sys.argv[1])))
-print("ready", flush=True)
-sys.stdin.readline()
-for number in range(6):
-    before = registry.generation()
-    publish(registry, f"{sys.argv[2]}/{number}")
-    assert registry.generation() > before
-"""
-
-
 def test_publishers_in_processes_lose_nothing(settings: StorageSettings) -> None:
-    registry = Registry(open_store(settings))
-    publishers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PUBLISHER, settings.model_dump_json(), str(number)],
-            cwd=_REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(3)
-    ]
-    for publisher in publishers:
-        assert publisher.stdout is not None
-        assert publisher.stdout.readline() == "ready\n"
-    for publisher in publishers:
-        assert publisher.stdin is not None
-        publisher.stdin.write("go\n")
-        publisher.stdin.flush()
-    assert [publisher.wait(timeout=60) for publisher in publishers] == [0, 0, 0]
-    expected = {
-        version_of(f"{publisher}/{number}") for publisher in range(3) for number in range(6)
-    }
-    assert {manifest.version for manifest in registry.versions(NAME)} == expected
-    assert registry.aliases(NAME)["latest"].generation == len(expected)
+    """`python -m tests.storage.many_publishers` in small: every version, one line of history, a true index."""
+    command = [sys.executable, "-m", "tests.storage.many_publishers", "--settings"]
+    sizes = ["--processes", "4", "--versions", "5", "--names", "2"]
+    told = subprocess.run(
+        [*command, settings.model_dump_json(), *sizes],
+        cwd=_REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert json.loads(told.stdout)["versions"] == 20
 
 
 def test_whoever_publishes_the_same_content_at_once_gets_the_same_version(
@@ -120,6 +93,7 @@ def _interleaved(folder: Path, outer: _Action, inner: _Action) -> Iterator[Regis
         publish(registry, "old")
         interrupting = InterruptingStore(store, at, lambda there=registry: inner(there))
         outer(Registry(interrupting))
+        assert reconcile(store, anew=True) == [], "the index is not what the records say"
         if not interrupting.has_happened:
             assert at > 5, "nothing was interrupted: this test proved nothing"
             return
