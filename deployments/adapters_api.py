@@ -20,7 +20,9 @@ from storage.errors import InvalidRequestError, OverloadedError, UnknownModelErr
 from storage.identity import DEFAULT_ALIAS, AdapterName, checked_name
 from storage.manifest import AliasRecord
 
-router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+UPLOAD_PATH = "/v1/adapters"
+
+router = APIRouter(prefix=UPLOAD_PATH, tags=["adapters"])
 
 Result = TypeVar("Result")
 

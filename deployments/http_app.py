@@ -34,6 +34,8 @@ from storage.errors import FloraError, InvalidRequestError, UnsupportedFieldErro
 _MAX_REQUEST_ID = 128
 _OPEN_TO_ALL = frozenset({"/health", "/version", "/docs", "/openapi.json"})
 """What tells nothing of anybody: probes of a load balancer have no key."""
+_MAX_BODY_BYTES = 32 << 20
+"""Of a request that is read into memory; uploads of adapters have a bound of their own."""
 
 _log = logging.getLogger(__name__)
 
@@ -147,13 +149,31 @@ class _Door:
                 scope["caller"] = await self._keeper.identify(
                     _header(scope, b"authorization"), is_local=_is_local(scope)
                 )
-            await self._app(scope, receive, send_stamped)
+            await self._app(scope, _bounded(receive, scope), send_stamped)
         except Exception as error:
             if not isinstance(error, FloraError):
                 _log.exception("request %s failed", request_id)
             if has_started:
                 raise
             await respond(http_error(error))(scope, receive, send_stamped)
+
+
+def _bounded(receive: Receive, scope: Scope) -> Receive:
+    """The request's body, up to where it is too much."""
+    is_form = (_header(scope, b"content-type") or "").startswith("multipart/form-data")
+    if is_form and scope["path"] == adapters_api.UPLOAD_PATH:
+        return receive
+    num_bytes = 0
+
+    async def receive_bounded() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > _MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {_MAX_BODY_BYTES:,} bytes")
+        return message
+
+    return receive_bounded
 
 
 def _request_id(scope: Scope) -> str:
