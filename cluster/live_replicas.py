@@ -90,6 +90,9 @@ class LiveReplicas:
     def __getitem__(self, replica_id: str) -> LiveReplica:
         return self._live[replica_id]
 
+    def get(self, replica_id: str) -> LiveReplica | None:
+        return self._live.get(replica_id)
+
     def reports(self) -> tuple[ReplicaReport, ...]:
         return tuple(self._live[replica_id].report for replica_id in self)
 

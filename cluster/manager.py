@@ -11,7 +11,7 @@ knowledge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from cluster.beginning import Beginning
 from cluster.config import ClusterSettings
@@ -86,15 +86,16 @@ class PlacementManager:
     def heartbeat(self, report: ReplicaReport) -> ReplicaOrders | None:
         """Take one replica's report; answer what it should hold. None while nobody knows: it goes on as it was."""
         replica_id = report.replica_id
-        known = self._replicas[replica_id].report if replica_id in self._replicas else None
+        before = self._replicas.get(replica_id)
         if not self._replicas.hear(report):
             return ReplicaOrders(self._log.epoch)  # it holds what its last requests need
         self._bury(self._replicas.expire())
-        self._health.report(replica_id, report.failed, self._replicas[replica_id].device)
+        device = self._replicas[replica_id].device
+        self._health.report(replica_id, report.failed, device)
         if not self._has_begun():
             return None
-        self.wants_tick |= known is None or known.rows != report.rows
-        self._follow()
+        self.wants_tick |= before is None or before.report.rows != report.rows
+        self._follow(loaded=device - before.device if before else device)
         return self._orders(replica_id)
 
     def poll(self, reader: ReaderReport) -> TableUpdate:
@@ -299,19 +300,22 @@ class PlacementManager:
             self._health.forget(replica_id)
             self.wants_tick = True
 
-    def _follow(self, *, is_aimed: bool = True) -> None:
+    def _follow(
+        self, *, is_aimed: bool = True, loaded: Collection[AdapterVersion] | None = None
+    ) -> None:
         """Let aliases move where they should and can.
 
         Args:
             is_aimed: nothing but the health of versions may have changed where they should.
+            loaded: nothing else may have changed when they can: these versions are on a device where they were not.
         """
         word, bad = self._word, self._health.bad(self._replicas.residents)
         if bad != self._bad or not is_aimed:
-            self._bad = bad
+            self._bad, loaded = bad, None
             is_good = self._promotion().is_good
             self._serving.aim(word.desired, word.history, is_good, word.facts.__contains__)
             self.wants_tick = True
-        for flip in self._serving.flip(self._promotion().is_ready):
+        for flip in self._serving.flip(self._promotion().is_ready, loaded):
             self._inherited.append((flip, self._work_ratio(flip)))
             self.wants_tick = True
         if self._serving.serving is not self._published:

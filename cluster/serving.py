@@ -122,15 +122,23 @@ class ServingVersions:
         self._desired = desired
         self._change(serving, moving, {})
 
-    def flip(self, is_ready: Callable[[AdapterVersion, AdapterVersion, float], bool]) -> list[Flip]:
+    def flip(
+        self,
+        is_ready: Callable[[AdapterVersion, AdapterVersion, float], bool],
+        among: Collection[AdapterVersion] | None = None,
+    ) -> list[Flip]:
         """Complete every move that is ready: asked with the old version, the new one, and the seconds since the first
         alias began to move to that.
+
+        Args:
+            among: only moves to one of these; None for all.
         """
         now_s = self._clock()
         done = {
             key: new
-            for key, new in self._moving.items()
-            if is_ready(self._serving[key], new, now_s - self._since_s[new])
+            for key, new in (self._moving.items() if among is None or among else ())
+            if (among is None or new in among)
+            and is_ready(self._serving[key], new, now_s - self._since_s[new])
         }
         if not done:
             return []
