@@ -32,7 +32,7 @@ _TOP_ADAPTERS = 20
 
 
 class RequestMetrics:
-    """Figures of one ingress.
+    """Figures of one ingress. One event loop; `read` and `adapters_under_way` may be called from another thread.
 
     Args:
         view: where a version's name is found.
@@ -50,7 +50,7 @@ class RequestMetrics:
     def read(self) -> Figures:
         """Counts so far, and answers under way."""
         states = dict.fromkeys((WAITING, RUNNING), 0.0)
-        for (state, _), count in self._under_way.items():
+        for (state, _), count in list(self._under_way.items()):
             states[state] += count
         gauges: dict[FigureKey, float] = {
             ("flora_generations", (state,)): count for state, count in states.items()
@@ -61,7 +61,7 @@ class RequestMetrics:
         """Adapters of answers in that state: those with a label of their own, then `other`, if any."""
         found = {
             self._top.label(adapter)
-            for (each, adapter), count in self._under_way.items()
+            for (each, adapter), count in list(self._under_way.items())
             if each == state and count and adapter != BASE
         }
         return [*sorted(found - {OTHER}), *sorted(found & {OTHER})]
