@@ -56,16 +56,6 @@ class ServingVersions:
         """Not altered by later calls, which make new ones."""
         return self._serving
 
-    @property
-    def desired(self) -> Mapping[AliasKey, AdapterVersion]:
-        """As given to `aim`."""
-        return self._desired
-
-    @property
-    def moving(self) -> Mapping[AliasKey, AdapterVersion]:
-        """Aliases whose target is another version than they serve → that target."""
-        return self._moving
-
     def predecessors(self) -> dict[AdapterVersion, set[AdapterVersion]]:
         """Successor → versions that some alias serves until it flips."""
         moves: dict[AdapterVersion, set[AdapterVersion]] = {}
