@@ -120,7 +120,7 @@ def show(
     out.print(table)
     for alias, record in sorted(aliases.items()):
         before = " ← ".join(short(move.version) for move in record.moves)
-        out.print(f"{alias}: {before}  ({record.generation} moves)", soft_wrap=True)
+        out.print(f"{alias}: {before}  ({record.generation} move(s))", soft_wrap=True)
     if pinned:
         out.print(f"pinned: {pinned} replica(s) hold it whatever is asked for")
     for manifest in manifests:
@@ -359,7 +359,7 @@ def _whole(header: str) -> Column:
 
 
 def _aliases(aliases: Mapping[str, AdapterVersion], bad: Mapping[AdapterVersion, str]) -> str:
-    return ", ".join(
+    return "\n".join(
         f"{alias} → {short(version)}" + " [red](quarantined)[/]" * (version in bad)
         for alias, version in aliases.items()
     )

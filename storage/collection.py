@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from storage import layout
-from storage.adapter_records import read_tombstone
+from storage.adapter_records import read_alias_records, read_tombstone
 from storage.errors import AdapterCorruptError, InvalidRequestError, UnknownModelError
 from storage.generation import bump_generation
 from storage.identity import AdapterName, AdapterVersion
@@ -169,13 +169,20 @@ class Collector:
         return [key for key in keys if expired[key] in found]
 
     def _tidy(self, name: AdapterName) -> None:
-        """Forget deleted versions whose manifests are gone."""
+        """Forget deleted versions whose manifests are gone, but those that an alias could go back to."""
 
         def forget(tombstone: Tombstone | None) -> Tombstone | None:
+            if tombstone is None:
+                return None
+            remembered = {
+                move.version
+                for alias, record in read_alias_records(self._store, name).items()
+                for move in record.moves
+                if move.generation > tombstone.aliases.get(alias, 0)
+            }
             kept = tombstone
-            for version in () if tombstone is None else tombstone.versions:
-                is_there = self._store.exists(layout.manifest(name, AdapterVersion(version)))
-                if kept is not None and not is_there:
+            for version in set(tombstone.versions) - remembered:
+                if not self._store.exists(layout.manifest(name, AdapterVersion(version))):
                     kept = kept.without(version)
             return None if kept == tombstone else kept
 
