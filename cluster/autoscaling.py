@@ -95,6 +95,7 @@ class Autoscaler:
             if now_s - heard.at_s <= settings.stale_after_s
         ]
         wanted, why = self._wanted(fresh, now_s)
+        wanted = min(wanted, most)
         self._more_since_s = _since(self._more_since_s, wanted > target, now_s)
         # Whoever is silent may be the busiest of all.
         all_known = len(fresh) == len(self._running) == target
@@ -103,7 +104,7 @@ class Autoscaler:
         if target < least or target > most:
             return Scale(min(max(target, least), most), reason="within its bounds")
         if _has_lasted(self._more_since_s, settings.up_delay_s, now_s):
-            return Scale(min(wanted, most), reason=why)
+            return Scale(wanted, reason=why)
         if _has_lasted(self._fewer_since_s, settings.down_delay_s, now_s):
             if not is_prepared:
                 return Scale(target, wants_fewer=True, reason="until placement is prepared")

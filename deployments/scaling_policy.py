@@ -31,13 +31,19 @@ class ManagerLink:
 
     Args:
         find: looks the manager up; raises ValueError while there is none.
+        answer_of: what became of a question: yes or no, or None while there is no answer.
         drain_s: the longest a replica takes to leave.
     """
 
     def __init__(
-        self, find: Callable[[], Any], drain_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        find: Callable[[], Any],
+        answer_of: Callable[[Any], bool | None],
+        drain_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._find = find
+        self._answer_of = answer_of
         self._drain_s = drain_s
         self._clock = clock
         self._asked: Any = None
@@ -53,14 +59,12 @@ class ManagerLink:
         """A replica should leave: let the placement manager prepare, or go on preparing, and take its answer."""
         now_s = self._clock()
         if self._asked is not None:
-            if not ray.wait([self._asked], timeout=0)[0]:
+            answer = self._answer_of(self._asked)
+            if answer is None:
                 return
-            asked, self._asked = self._asked, None
-            try:
-                if ray.get(asked):
-                    self._yes_s = now_s
-            except RayError as error:
-                _log.warning("the placement manager does not answer: %s", type(error).__name__)
+            self._asked = None
+            if answer:
+                self._yes_s = now_s
         if now_s - self._asked_s >= ASK_EVERY_S:
             self._asked_s = now_s
             with suppress(RayError, ValueError):  # there is none for a moment: nobody leaves
@@ -83,6 +87,17 @@ class ManagerLink:
                 self._find().leave.remote(tuple(self._leaving))
 
 
+def ray_answer(asked: Any) -> bool | None:
+    """The result of an actor's method, if it is there; a lost actor says no."""
+    if not ray.wait([asked], timeout=0)[0]:
+        return None
+    try:
+        return bool(ray.get(asked))
+    except RayError as error:
+        _log.warning("the placement manager does not answer: %s", type(error).__name__)
+        return False
+
+
 class ScalingPolicy:
     """Made once by Serve for a deployed configuration; called for each decision.
 
@@ -97,7 +112,8 @@ class ScalingPolicy:
         self, settings: Mapping[str, Any], manager: str, namespace: str, drain_s: float
     ) -> None:
         self._scaler = Autoscaler(AutoscalingSettings(**settings), time.monotonic)
-        self._link = ManagerLink(partial(ray.get_actor, manager, namespace), drain_s)
+        find = partial(ray.get_actor, manager, namespace)
+        self._link = ManagerLink(find, ray_answer, drain_s, time.monotonic)
         self._running: frozenset[str] = frozenset()
         self._reason = ""
 
