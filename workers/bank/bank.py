@@ -167,7 +167,7 @@ class AdapterBank:
     # Coming and going.
 
     def load(self, version: AdapterVersion, rows: AdapterRows) -> int:
-        """Bring an adapter to the device, evicting idle unpinned ones, least recently used first.
+        """Bring an adapter to the device, evicting idle unpinned ones as `eviction.py` says.
 
         Returns its slot; at once when it is resident. Callers see to it that one version is loaded by one thread.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from storage.errors import CapacityError
 from storage.identity import AdapterVersion
+from workers.bank.eviction import readiness_to_leave
 from workers.bank.groups import GroupRoom, ModuleGroup
 from workers.bank.layout import ModuleLayout, SlotPages
 from workers.bank.pages import PageAllocator
@@ -26,6 +27,7 @@ class Resident:
 
     slot: int
     version: AdapterVersion
+    rows: int  # of its largest projection
     is_ready: bool = False  # its rows are written, and steps know where
     references: int = 0
     last_used: int = 0
@@ -122,8 +124,9 @@ class BankBooks:
             CapacityError: more rows than the whole bank holds.
             BankBusyError: no room beside adapters in use, pinned or being loaded.
         """
-        self._make_room(layouts)
-        resident = Resident(self._free_slots.pop(0), version)
+        rows = max((max(one.num_in, one.num_out) for one in layouts.values()), default=0)
+        self._make_room(layouts, rows)
+        resident = Resident(self._free_slots.pop(0), version, rows)
         self._by_version[version] = resident
         for group in self._groups:
             group.allocate(resident.slot, layouts[group.modules[0]])
@@ -161,16 +164,18 @@ class BankBooks:
         self._uses += 1
         resident.last_used = self._uses
 
+    def _readiness_to_leave(self, resident: Resident) -> float:
+        return readiness_to_leave(resident.rows, self._uses + 1 - resident.last_used)
+
     def _empty_group(self) -> ModuleGroup:
         return ModuleGroup(
             self._modules, PageAllocator(self._num_rows), PageAllocator(self._num_rows)
         )
 
-    def _make_room(self, layouts: Mapping[str, ModuleLayout]) -> None:
-        most = max((max(one.num_in, one.num_out) for one in layouts.values()), default=0)
-        if most > self._num_rows:
+    def _make_room(self, layouts: Mapping[str, ModuleLayout], rows: int) -> None:
+        if rows > self._num_rows:
             raise CapacityError(
-                f"the adapter needs {most} rows in one projection; the bank holds {self._num_rows}"
+                f"the adapter needs {rows} rows in one projection; the bank holds {self._num_rows}"
             )
         if not self._by_version:
             self._groups = [self._empty_group()]
@@ -180,6 +185,7 @@ class BankBooks:
             for one in self.residents()
             if not one.references and one.version not in self._pinned
         ]
+        victims.sort(key=self._readiness_to_leave, reverse=True)
         # Nobody is evicted before it is known that evicting the first `count` victims is enough.
         count = 0
         room = [GroupRoom(group, layouts[group.modules[0]]) for group in groups]

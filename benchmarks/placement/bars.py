@@ -1,0 +1,83 @@
+"""Outcomes as rows with bars: what is to be reached. The ambitious bars are in `benchmarks/README.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+from benchmarks.placement.measures import Outcome
+from benchmarks.placement.policies import OURS, Policy
+from benchmarks.results_file import Row
+
+HIT_RANK_1 = {"drift": 0.975, "mmpp-adapter": 0.965}
+HIT_MIXED = {"drift": 0.96, "mmpp-adapter": 0.93, "uniform": 0.95}
+USUAL_HIT = {False: 0.985, True: 0.975}
+IMBALANCE, WORST_IMBALANCE = 1.08, 1.12
+LOADS = {"flash": 0.01, "drift": 0.02}
+USUAL_LOADS = 0.005
+CROWD_TICKS = 2.0
+
+
+class Run(Protocol):
+    """What a row must know of a run."""
+
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def workload(self) -> str: ...
+    @property
+    def is_mixed(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
+
+
+def hit_bar(workload: str, is_mixed: bool) -> float:
+    """Of the hit rate over the best."""
+    special = HIT_MIXED if is_mixed else HIT_RANK_1
+    return special.get(workload, USUAL_HIT[is_mixed])
+
+
+def rows_of(outcomes: Iterable[tuple[Run, Outcome]]) -> list[Row]:
+    """A row for each figure of all runs of one name: a round for each seed. Rivals are told, not judged."""
+    named: dict[str, list[tuple[Run, Outcome]]] = {}
+    for run, outcome in outcomes:
+        named.setdefault(run.name, []).append((run, outcome))
+    return [row for runs in named.values() for row in _rows(runs)]
+
+
+def _rows(runs: list[tuple[Run, Outcome]]) -> list[Row]:
+    run = runs[0][0]
+    seen = [outcome for _, outcome in runs]
+
+    def row(
+        what: str, values: list[float], bar: float | None, better: Literal["higher", "lower"]
+    ) -> Row:
+        return Row(
+            f"{run.name}: {what}", tuple(values), bar if run.policy is OURS else None, better
+        )
+
+    rows = [
+        row(
+            "hit rate over the best",
+            [each.hit_of_best for each in seen],
+            hit_bar(run.workload, run.is_mixed),
+            "higher",
+        ),
+        row("imbalance", [each.imbalance for each in seen], IMBALANCE, "lower"),
+        row("worst imbalance", [each.worst_imbalance for each in seen], WORST_IMBALANCE, "lower"),
+        row("median wait, ms", [each.wait_p50_ms for each in seen], None, "lower"),
+        row("99th percentile of waits, ms", [each.wait_p99_ms for each in seen], None, "lower"),
+    ]
+    if run.policy.is_planned:
+        bar = LOADS.get(run.workload)
+        if run.workload in ("zipf", "uniform"):
+            bar = USUAL_LOADS
+        loads = [each.loads for each in seen]
+        rows.append(row("planned loads a minute over placements", loads, bar, "lower"))
+    ticks = [each.crowd_ticks for each in seen if each.crowd_ticks is not None]
+    if ticks:
+        rows.append(row("ticks until the crowd waits no longer", ticks, CROWD_TICKS, "lower"))
+    recovered = [each.recovery_s for each in seen if each.recovery_s is not None]
+    if recovered:
+        rows.append(row("seconds until the loss is not felt", recovered, None, "lower"))
+    return rows
