@@ -75,9 +75,10 @@ class AutoscalingSettings(BaseModel):
         default=120.0, ge=0, description="Little for so long: one replica fewer, and so on."
     )
     settle_s: float = Field(
-        default=30.0,
+        default=60.0,
         ge=0,
-        description="So long after replicas came or went, misses and times to first token ask for none.",
+        description="So long after replicas came or went, misses and times to first token ask for none: they are of "
+        "the last minute.",
     )
     report_s: float = Field(default=1.0, gt=0, le=10, description="How often replicas report.")
     stale_after_s: float = Field(
