@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.config import ClusterSettings
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
 from cluster.placing import HOLDER_SLACK, MOVES_PER_TICK, copies_wanted, place
-from cluster.rendezvous import preference, weight
+from cluster.rendezvous import Rankings, preference, weight
 from storage.identity import AdapterVersion, sha256_hex
 
 SETTINGS = ClusterSettings()
@@ -126,6 +126,23 @@ def test_new_prefetches_stay_within_the_loads_of_a_tick(situation, limit: int) -
     assert len(plan.prefetch - previous.prefetch) <= limit
     assert not plan.prefetch & resident
     assert all(replica_id in plan.holders[v] for v, replica_id in plan.prefetch)
+
+
+@given(situations(), st.integers(0, 400))
+def test_no_replica_is_planned_over_its_bytes(situation, num_bytes: int) -> None:
+    wanted, live, previous = situation
+    wanted = [replace(item, num_bytes=10 * item.rows) for item in wanted]
+    live = [replace(space, num_bytes=num_bytes) for space in live]
+    plan = place(wanted, live, previous, SETTINGS)
+    assert all(10 * used <= num_bytes for used in rows_of(plan, wanted).values())
+
+
+@given(situations())
+def test_a_plan_made_again_of_what_it_was_made_of_is_the_same(situation) -> None:
+    wanted, live, previous = situation
+    rankings = Rankings()
+    first = place(wanted, live, previous, SETTINGS, rankings)
+    assert place(wanted, live, previous, SETTINGS, rankings) == first
 
 
 @given(adapters, st.integers(1, 6))
@@ -250,3 +267,19 @@ def test_a_reserved_version_has_its_rows_before_any_that_is_asked_for() -> None:
     hot = adapter(2, rows=3, work=100.0)
     plan = place([hot, kept], spaces(1, rows=4), Placement({hot.version: ("replica-0",)}), SETTINGS)
     assert plan.holders == {kept.version: ("replica-0",)} and plan.no_room == (hot.version,)
+
+
+def test_a_holder_too_many_is_given_up_where_the_load_is_greatest() -> None:
+    shared, heavy = adapter(0, work=2.0, copies=1), adapter(1, work=9.0)
+    live = [replace(space, resident=frozenset([shared.version])) for space in spaces(2, rows=100)]
+    before = Placement({shared.version: ("replica-0", "replica-1"), heavy.version: ("replica-0",)})
+    plan = place([shared, heavy], live, before, SETTINGS)
+    assert plan.holders[shared.version] == ("replica-1",)
+
+
+def test_an_adapter_is_planned_where_it_is_rather_than_where_it_was_to_be() -> None:
+    item = adapter(1)
+    live = spaces(3, rows=10)
+    live[2] = replace(live[2], resident=frozenset([item.version]))
+    plan = place([item], live, Placement({item.version: ("replica-0",)}), SETTINGS)
+    assert plan.holders[item.version] == ("replica-2",) and not plan.prefetch

@@ -196,6 +196,14 @@ def test_eviction_takes_the_least_recently_used_first() -> None:
     assert bank.counters.evictions == 1
 
 
+def test_a_large_adapter_makes_room_before_a_small_one_that_has_been_idle_a_little_longer() -> None:
+    bank = small_bank(num_rows=6)
+    bank.load(version(0), adapter(1.0, {"q": (1, 0)}))
+    bank.load(version(1), adapter(1.0, {"q": (4, 0)}))
+    bank.load(version(2), adapter(1.0, {"q": (2, 0)}))
+    assert set(bank.residents()) == {version(0), version(2)}
+
+
 def test_an_adapter_larger_than_the_bank_is_refused_for_good() -> None:
     with pytest.raises(CapacityError, match=r"13 rows.*12"):
         small_bank(num_rows=12).load(version(0), adapter(1.0, {"q": (13, 0)}))
