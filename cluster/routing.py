@@ -130,7 +130,6 @@ class Routing:
     def order(
         self,
         version: AdapterVersion | None,
-        work: float,
         candidates: Collection[str],
         table: PlacementTable,
     ) -> list[str]:
@@ -138,7 +137,6 @@ class Routing:
 
         Args:
             version: the request's adapter; None for the base model, which every replica has.
-            work: its rank-weighted tokens.
             candidates: replica ids that may be tried; the table may know fewer or more.
         """
         best = self.best(version, candidates, table)

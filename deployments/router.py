@@ -40,8 +40,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
             return [[by_id[meant]]]
         request = _engine_request(pending_request)
         version = request.adapters.version if request else None
-        work = request.work if request else 0.0
-        order = self._routing.order(version, work, by_id.keys(), self._view.table)
+        order = self._routing.order(version, by_id.keys(), self._view.table)
         order = self._lost.put_last(order, _avoided(pending_request))
         if pending_request is not None and request is not None and order:
             self._choose(pending_request, request, order[0])

@@ -35,7 +35,7 @@ def test_every_candidate_is_tried_exactly_once_whatever_the_table_says(
     table = PlacementTable(
         holders={ONE: tuple(holders)}, residents={ONE: tuple(residents)}, replicas=loads(work)
     )
-    order = Routing(ManualClock()).order(version, 10.0, candidates, table)
+    order = Routing(ManualClock()).order(version, candidates, table)
     assert sorted(order) == sorted(candidates)
 
 
@@ -46,24 +46,24 @@ def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_
         replicas=loads({"busy": 90.0, "idle": 10.0}),
     )
     candidates = ["x", "y", "lucky", "busy", "loading", "idle"]
-    order = Routing(ManualClock()).order(ONE, 1.0, candidates, table)
+    order = Routing(ManualClock()).order(ONE, candidates, table)
     assert order == ["idle", "busy", "lucky", "loading", *preference(ONE, ["x", "y"])]
 
 
 def test_an_adapter_nobody_holds_goes_to_one_place_whoever_is_busy() -> None:
     candidates = ["a", "b", "c"]
     table = PlacementTable(replicas=loads({"a": 100.0, "b": 0.0, "c": 50.0}))
-    assert Routing(ManualClock()).order(ONE, 1.0, candidates, table) == preference(ONE, candidates)
+    assert Routing(ManualClock()).order(ONE, candidates, table) == preference(ONE, candidates)
 
 
 def test_the_base_model_goes_to_the_least_busy() -> None:
     table = PlacementTable(replicas=loads({"a": 10.0, "b": 0.0, "c": 5.0}))
-    assert Routing(ManualClock()).order(None, 1.0, ["a", "b", "c"], table) == ["b", "c", "a"]
+    assert Routing(ManualClock()).order(None, ["a", "b", "c"], table) == ["b", "c", "a"]
 
 
 def test_a_replica_that_reports_nothing_is_tried_last_not_taken_for_idle() -> None:
     table = PlacementTable(replicas=loads({"a": 10.0, "c": 5.0}))
-    assert Routing(ManualClock()).order(None, 1.0, ["a", "silent", "c"], table) == [
+    assert Routing(ManualClock()).order(None, ["a", "silent", "c"], table) == [
         "c",
         "a",
         "silent",
@@ -78,28 +78,28 @@ def test_work_assigned_since_the_last_heartbeat_counts_and_fades() -> None:
         residents={ONE: ("a", "b")},
         replicas=loads({"a": 10.0, "b": 0.0}),
     )
-    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
+    assert routing.order(ONE, ["a", "b"], table) == ["b", "a"]
     routing.choose("first", "b", 30.0)
     table = PlacementTable(
         holders={ONE: ("a", "b")},
         residents={ONE: ("a", "b")},
         replicas=loads({"a": 10.0, "b": 0.0}),
     )
-    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["a", "b"]
+    assert routing.order(ONE, ["a", "b"], table) == ["a", "b"]
     routing.finish("first")
     clock.advance(5 * MEMORY_S)
     table = replace(table, replicas=loads({"a": 10.0, "b": 0.0}))
-    assert routing.order(ONE, 1.0, ["a", "b"], table) == ["b", "a"]
+    assert routing.order(ONE, ["a", "b"], table) == ["b", "a"]
 
 
 def test_a_request_that_moves_on_leaves_no_work_behind() -> None:
     routing = Routing(ManualClock())
     table = PlacementTable(replicas=loads({"a": 0.0, "b": 0.0, "c": 0.0}))
     routing.choose("one", "a", 50.0)
-    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["b", "c", "a"]
+    assert routing.order(None, ["a", "b", "c"], table) == ["b", "c", "a"]
     routing.choose("one", "b", 50.0)
-    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["a", "c", "b"]
+    assert routing.order(None, ["a", "b", "c"], table) == ["a", "c", "b"]
     assert routing.is_chosen("one")
     routing.give_up("one")
-    assert routing.order(None, 1.0, ["a", "b", "c"], table) == ["a", "b", "c"]
+    assert routing.order(None, ["a", "b", "c"], table) == ["a", "b", "c"]
     assert not routing.is_chosen("one")
