@@ -25,7 +25,7 @@ LOAD_DREAD = 1.5
 RANKING_DREAD = 0.3
 """And this times its seconds more for each place down an adapter's own ranking: routers that cannot hear each other
 yet should choose the same replica for an adapter nobody has."""
-BALANCE_DREAD = 8.0
+BALANCE_DREAD = 3.0
 """And this times its seconds for a replica with the mean of the work assigned lately: whoever loads a cold adapter will
 serve it for a while, so cold ones even out what homes leave uneven."""
 USUAL_LOAD_S = 0.1
@@ -122,6 +122,7 @@ class Routing:
         self._rankings = Rankings()
         self._places: dict[AdapterVersion, _Places] = {}
         self._coming: dict[AdapterVersion, tuple[str, float]] = {}
+        self._pressed: dict[AdapterVersion, int] = {}  # requests that found all busy in this view
         self._mean_recent = 1.0
         self._turn_s = USUAL_TURN_S
         self._table = PlacementTable()
@@ -229,6 +230,7 @@ class Routing:
             known.weigh()
         self._coming = {v: sent for v, sent in self._coming.items() if now_s - sent[1] < COMING_S}
         self._places.clear()
+        self._pressed.clear()
         total = sum(known.recent for known in self._replicas.values())
         self._mean_recent = total / max(1, len(self._replicas)) or 1.0
         self._table, self._noticed_s = table, now_s
@@ -270,11 +272,14 @@ class Routing:
         ranked = self._rankings.of(version, candidates)[:window]
         loading = [r for r in places.loading if r in candidates]
         costs = {r: self._wait_s(r) for r in having}
+        # One load serves all who found everybody full: a crowd spreads at once, a chance meeting waits.
+        pressed = self._pressed[version] = self._pressed.get(version, 0) + 1
         for place, replica_id in enumerate(dict.fromkeys((*loading, *ranked))):
             if replica_id not in costs:
                 busier = self._replicas.get(replica_id, _NOBODY).recent / self._mean_recent
                 dread = LOAD_DREAD + RANKING_DREAD * place + BALANCE_DREAD * busier
-                costs[replica_id] = self._wait_s(replica_id) + dread * self._load_s(replica_id)
+                load_s = self._load_s(replica_id) / pressed
+                costs[replica_id] = self._wait_s(replica_id) + dread * load_s
         if not costs:
             return []
         best = min(costs, key=costs.__getitem__)
