@@ -41,7 +41,7 @@ def place(
 ) -> Placement:
     """The next plan. The order of `wanted` and `replicas` does not matter.
 
-    Promises: a replica's holders never exceed its rows; who is left out fits nowhere; at most
+    Promises: a replica's holders never exceed its rows and bytes; who is left out fits nowhere; at most
     `max_loads_per_tick` copies are newly prefetched; present holders are kept before new ones are chosen.
     """
     spaces = sorted(replicas, key=lambda space: space.replica_id)
@@ -167,7 +167,7 @@ class _Plan:
                 admitted.append(item)
         return admitted
 
-    # -- who stays -------------------------------------------------------------------------------
+    # Who stays.
 
     def _keep(self, item: WantedAdapter) -> None:
         """Hold the item where it is held or resident now, as far as rows and load allow."""
@@ -187,12 +187,10 @@ class _Plan:
                 self._take(item, replica)
         held = self._holders.get(item.version, ())
         while len(held) > item.copies:
-            fullest = max(
-                held, key=lambda replica_id: (self._replicas[replica_id].load, replica_id)
-            )
+            fullest = max(held, key=lambda r: (self._replicas[r].load, r))
             self._drop(item, self._replicas[fullest])
 
-    # -- who comes -------------------------------------------------------------------------------
+    # Who comes.
 
     def _settle(self, item: WantedAdapter) -> None:
         """One home for the item if any replica has the rows, and more holders up to its copies."""
@@ -241,7 +239,7 @@ class _Plan:
             self._replicas.__getitem__, self._rankings.of(item.version, self._replicas.keys())
         )
 
-    # -- books -----------------------------------------------------------------------------------
+    # Books.
 
     def _take(self, item: WantedAdapter, replica: _Replica) -> None:
         replica.take(item)
@@ -254,6 +252,7 @@ class _Plan:
         replica.drop(item)
         self._holders[item.version].remove(replica.replica_id)
         self._prefetch.discard((item.version, replica.replica_id))
+        self._most_left = math.inf
 
     def _must_load(self, item: WantedAdapter, replica_id: str) -> bool:
         return item.version not in self._replicas[replica_id].space.resident
@@ -270,7 +269,7 @@ class _Plan:
             self._prefetch.add(pair)
             self._loads_left -= 1
 
-    # -- evening out -----------------------------------------------------------------------------
+    # Evening out.
 
     def _rebalance(self, items: Mapping[AdapterVersion, WantedAdapter]) -> None:
         """A few moves from the fullest replica to the emptiest, so one that joined gets its part."""

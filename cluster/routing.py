@@ -81,10 +81,13 @@ class _Known:
 
     def hear(self, load: ReplicaLoad) -> None:
         """Take what a new view of the table says."""
-        share = OTHERS_SHARE if self.is_listed else 1.0
-        ongoing = load.num_running + load.num_waiting
-        self.others += share * (ongoing - self.under_way - self.others)
-        self.others_work += share * (load.work - self.outstanding - self.others_work)
+        others = load.num_running + load.num_waiting - self.under_way
+        others_work = load.work - self.outstanding
+        if self.is_listed:
+            self.others += OTHERS_SHARE * (others - self.others)
+            self.others_work += OTHERS_SHARE * (others_work - self.others_work)
+        else:  # the table may not have heard yet of what is under way
+            self.others, self.others_work = max(0.0, others), max(0.0, others_work)
         self.slots = load.slots or math.inf
         self.load_s = load.load_s or USUAL_LOAD_S
         self.is_listed = True
@@ -211,7 +214,7 @@ class Routing:
             self._replicas[ended.replica_id].end(ended.work)
         return ended
 
-    # -- what the table says ---------------------------------------------------------------------
+    # What the table says.
 
     def _notice(self, table: PlacementTable) -> None:
         """A new view: let old work fade, and learn how many requests are from others."""
@@ -247,7 +250,7 @@ class Routing:
             )
         return places
 
-    # -- the choice ------------------------------------------------------------------------------
+    # The choice.
 
     def _busy(self, replica_id: str) -> tuple[bool, float, float]:
         return self._replicas.get(replica_id, _NOBODY).busy

@@ -1,7 +1,7 @@
 """`python -m benchmarks.placement`: ours and its rivals under every workload, against the bars.
 
-The whole matrix takes more than an hour of one core; the file is written anew after every run, so a run cut short leaves what it
-has. `--quick` is a small fleet for a short time, to see that it works: it writes nothing.
+The whole matrix takes more than an hour of one core; the file is written anew after every run, so a run cut short
+leaves what it has. `--quick` is a small fleet for a short time, to see that it works: it writes nothing.
 """
 
 from __future__ import annotations

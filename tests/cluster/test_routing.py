@@ -103,3 +103,62 @@ def test_a_request_that_moves_on_leaves_no_work_behind() -> None:
     routing.give_up("one")
     assert routing.order(None, ["a", "b", "c"], table) == ["a", "b", "c"]
     assert not routing.is_chosen("one")
+
+
+def full(slots: int = 4, waiting: int = 0) -> ReplicaLoad:
+    return ReplicaLoad(num_running=slots, num_waiting=waiting, slots=slots, load_s=0.1)
+
+
+IDLE = ReplicaLoad(slots=4, load_s=0.1)
+
+
+def test_a_holder_that_is_full_gives_way_to_one_that_has_the_adapter_by_chance() -> None:
+    table = PlacementTable(
+        holders={ONE: ("a",)}, residents={ONE: ("a", "b")}, replicas={"a": full(), "b": IDLE}
+    )
+    assert Routing(ManualClock()).order(ONE, ["a", "b"], table) == ["b", "a"]
+
+
+def test_a_short_queue_is_better_than_a_load_and_a_load_better_than_a_long_queue() -> None:
+    for waiting, expected in ((1, "a"), (1000, "b")):
+        table = PlacementTable(
+            holders={ONE: ("a",)},
+            residents={ONE: ("a",)},
+            replicas={"a": full(waiting=waiting), "b": IDLE},
+        )
+        assert Routing(ManualClock()).best(ONE, ["a", "b"], table) == [expected]
+
+
+def test_a_crowd_that_finds_everybody_full_spreads_before_the_next_view() -> None:
+    table = PlacementTable(
+        holders={ONE: ("a",)},
+        residents={ONE: ("a",)},
+        replicas={"a": full(waiting=8), "b": IDLE, "c": IDLE},
+    )
+    routing = Routing(ManualClock())
+    chosen = set()
+    for number in range(12):
+        [best] = routing.best(ONE, ["a", "b", "c"], table)
+        routing.choose(str(number), best, 1.0)
+        chosen.add(best)
+    assert chosen >= {"b", "c"}
+
+
+def test_a_cold_adapter_is_sent_where_it_was_sent_a_moment_ago() -> None:
+    table = PlacementTable(replicas={name: IDLE for name in "abc"})
+    routing = Routing(ManualClock())
+    [first] = routing.best(ONE, ["a", "b", "c"], table)
+    routing.choose("one", first, 1000.0)
+    assert routing.best(ONE, ["a", "b", "c"], table) == [first]
+
+
+def test_requests_that_end_leave_their_slots_free_without_waiting_for_a_heartbeat() -> None:
+    table = PlacementTable(
+        holders={ONE: ("a",)}, residents={ONE: ("a", "b")}, replicas={"a": IDLE, "b": IDLE}
+    )
+    routing = Routing(ManualClock())
+    for number in range(4):
+        routing.choose(str(number), "a", 1.0)
+    assert routing.best(ONE, ["a", "b"], table) == ["b"]
+    routing.finish("0")
+    assert routing.best(ONE, ["a", "b"], table) == ["a"]
