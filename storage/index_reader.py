@@ -80,7 +80,7 @@ class IndexReader:
                 self._compare_if_nobody_has(now_s)
             fresh = self._follow(generation)
             if is_due:
-                self._read_s = now_s
+                self._read_s = self._clock()
             if fresh != self._state:
                 self._state = fresh
             return self._state

@@ -19,6 +19,7 @@ from storage.index_reader import COMPARE_S, IndexReader
 from storage.object_store import ObjectStore
 from storage.registry import Registry
 from storage.stores import open_store
+from storage.sweep import LEASE_S
 from tests.storage import dying_process
 from tests.storage.versions import NAME, assert_whole, content_of, files_of, publish, version_of
 
@@ -126,7 +127,9 @@ def test_a_collection_survives_a_kill_before_every_write(local_settings: Storage
         dying_process.collect_after_the_lease(store)
         assert {each.key.removeprefix(layout.BLOBS) for each in store.list(layout.BLOBS)} == stays
         assert_whole(registry, NAME, version_of("stays"))
-        assert publish(registry, "goes") == registry.resolve(NAME)
+        # Whoever publishes what was being collected waits no longer than the dead collector's lease.
+        late = Registry(store, lambda: time.time() + 2 * LEASE_S)
+        assert publish(late, "goes") == registry.resolve(NAME)
         assert_whole(registry, NAME, version_of("goes"))
 
 
