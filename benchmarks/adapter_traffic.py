@@ -38,6 +38,10 @@ class Plan:
     arrival_tokens: int = 2
     side_s: float = 10.0
 
+    @property
+    def arrivals_of_a_side(self) -> int:
+        return int(self.side_s * self.arrivals_per_s)
+
 
 class Traffic:
     """Asks a running application.
@@ -70,11 +74,19 @@ class Traffic:
         return answers[plan.warm_up_requests :]
 
     async def loads_cost(self, rounds: int) -> list[tuple[Side, Side]]:
-        """(hits, misses) of each round; the sides take turns, and so does who begins."""
+        """(hits, misses) of each round; the sides take turns, and so does who begins.
+
+        Raises ValueError when fewer adapters were never asked for than the rounds take.
+        """
         plan = self._plan
         hot = self._names[: plan.warm_adapters]
         hits = self._names[plan.warm_adapters :][: plan.hit_adapters]
-        untouched = iter([name for name in self._names if name not in self._asked])
+        fresh = [name for name in self._names if name not in self._asked]
+        if len(fresh) < (rounds + 1) * plan.arrivals_of_a_side:
+            raise ValueError(
+                f"{len(fresh)} adapters nobody asked for are too few for {rounds} rounds"
+            )
+        untouched = iter(fresh)
         warm: list[Streamed] = []
         is_over = asyncio.Event()
 
@@ -102,7 +114,7 @@ class Traffic:
         plan = self._plan
         began_s = time.perf_counter()
         arrivals = []
-        for number in range(int(plan.side_s * plan.arrivals_per_s)):
+        for number in range(plan.arrivals_of_a_side):
             await asyncio.sleep(began_s + number / plan.arrivals_per_s - time.perf_counter())
             arrivals.append(asyncio.create_task(self._ask(next(names), plan.arrival_tokens)))
         await asyncio.sleep(began_s + plan.side_s - time.perf_counter())

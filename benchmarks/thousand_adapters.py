@@ -169,7 +169,7 @@ async def measure(
     taken = await traffic.loads_cost(rounds)
     after, cpu_s = figures(url), s3.cpu_s - cpu_s
     grown = {key: value - before.get(key, 0.0) for key, value in after.items()}
-    misses = (rounds + 1) * int(plan.side_s * plan.arrivals_per_s)
+    misses = (rounds + 1) * plan.arrivals_of_a_side
     return [
         Row("requests that failed", (float(len(traffic.failures)),), 0.0, "lower"),
         *waiting_rows(answers),
@@ -179,7 +179,7 @@ async def measure(
 
 
 def main() -> None:
-    parser = parser_of(__doc__, rounds=7)
+    parser = parser_of(__doc__, rounds=6)
     add_runner(parser)
     parser.add_argument("--quick", action="store_true", help="small sizes: shows that it runs")
     arguments = parse(parser)
