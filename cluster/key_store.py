@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from cluster.keys import ApiKey, KeyRing, UnknownKeyError
 from storage.errors import AdapterCorruptError
@@ -10,7 +11,7 @@ from storage.object_store import ObjectStore
 from storage.records import encode, read
 
 _FOLDER = "keys/"
-_SUFFIX = ".json"
+_RECORD = re.compile(rf"{_FOLDER}([0-9a-f]{{12}})\.json")
 
 _log = logging.getLogger(__name__)
 
@@ -26,10 +27,10 @@ class KeyStore:
         self._store.put_if_absent(_place(key.key_id), encode(key))
 
     def keys(self) -> list[ApiKey]:
-        """All keys, oldest first. A damaged record opens nothing and is left out."""
-        ids = [entry.key.removeprefix(_FOLDER) for entry in self._store.list(_FOLDER)]
+        """All keys, oldest first. A damaged record opens nothing and is left out, as are objects that are no keys."""
+        records = [_RECORD.fullmatch(entry.key) for entry in self._store.list(_FOLDER)]
         found = {}
-        for key_id in (name.removesuffix(_SUFFIX) for name in ids):
+        for key_id in (record[1] for record in records if record is not None):
             key = self._read.get(key_id) or self._load(key_id)
             if key is not None:
                 found[key_id] = key
@@ -55,4 +56,4 @@ class KeyStore:
 
 
 def _place(key_id: str) -> str:
-    return f"{_FOLDER}{key_id}{_SUFFIX}"
+    return f"{_FOLDER}{key_id}.json"

@@ -195,9 +195,9 @@ class Collector:
         """Blobs by digest that nobody wrote during the grace period."""
         newest_s = self._clock() - self._grace_s
         return {
-            each.key.removeprefix(layout.BLOBS): each
+            digest: each
             for each in self._store.list(layout.BLOBS)
-            if each.modified_s <= newest_s
+            if (digest := layout.parse_blob(each.key)) is not None and each.modified_s <= newest_s
         }
 
     def _named(self, versions: Collection[OfAdapter]) -> set[str]:
@@ -238,6 +238,8 @@ class Collector:
         """What a start-up probe left that was killed."""
         newest_s = self._clock() - self._grace_s
         probes = [
-            each.key for each in self._store.list(layout.PROBES) if each.modified_s <= newest_s
+            each.key
+            for each in self._store.list(layout.PROBES)
+            if layout.is_probe(each.key) and each.modified_s <= newest_s
         ]
         parallel(self._store.delete, probes)

@@ -133,7 +133,7 @@ class DiskCache:
         if not self._root.is_dir():
             return
         for path in self._root.glob("~*"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # removed meanwhile, or the disk cannot be written
                 if path.stat().st_mtime < oldest:
                     shutil.rmtree(path)
 

@@ -22,6 +22,8 @@ _MANIFEST = re.compile(rf"{_ADAPTER}/versions/(?P<stem>[0-9a-f]{{64}})\.json")
 _QUARANTINE = re.compile(r"quarantine/(?P<stem>[0-9a-f]{64})\.json")
 _TOMBSTONE = re.compile(rf"{_ADAPTER}/tombstone\.json")
 _PIN = re.compile(rf"{_ADAPTER}/pin\.json")
+_BLOB = re.compile(rf"{BLOBS}(?P<stem>[0-9a-f]{{64}})")
+_PROBE = re.compile(rf"{PROBES}[0-9a-f]{{32}}")
 _SHARD = re.compile(r"index/adapters/[0-9a-f]{2}\.json")
 _ALIAS = re.compile(rf"{_ADAPTER}/aliases/(?P<stem>{NAME_PATTERN})\.json")
 
@@ -95,6 +97,16 @@ def parse_record(key: str) -> AdapterName | None:
     """Whose alias, tombstone or pin a key below `adapters/` is; None for any other object, and for manifests."""
     found = _ALIAS.fullmatch(key) or _TOMBSTONE.fullmatch(key) or _PIN.fullmatch(key)
     return None if found is None else AdapterName(found["tenant"], found["name"])
+
+
+def parse_blob(key: str) -> str | None:
+    """The digest of the blob that a key below `blobs/` is; None for any other object."""
+    found = _BLOB.fullmatch(key)
+    return None if found is None else found["stem"]
+
+
+def is_probe(key: str) -> bool:
+    return bool(_PROBE.fullmatch(key))
 
 
 def parse_quarantine(key: str) -> AdapterVersion | None:

@@ -358,10 +358,16 @@ class Registry:
 
         Returns:
             Whether it is in quarantine now; False when its files are as their digests say.
+
+        Raises:
+            UnknownModelError: there is no such version under any name.
         """
-        put_in_quarantine(self._store, checked_version(version), reason, self._clock())
-        # After the record is written: a publisher that repairs the files from here on takes it away itself.
+        # Before the record is written: a caller that is stopped half way leaves no whole version in quarantine.
         is_damaged = not self.is_undamaged(version)
+        if is_damaged:
+            put_in_quarantine(self._store, version, reason, self._clock())
+            # Again, for a publisher may have repaired the files; from here on it takes the record away itself.
+            is_damaged = not self.is_undamaged(version)
         if not is_damaged:
             self._store.delete(layout.quarantine(version))
         self._announce()
@@ -372,11 +378,19 @@ class Registry:
         return read_quarantined(self._store)
 
     def is_undamaged(self, version: AdapterVersion) -> bool:
-        """Whether every stored byte of a version is what its digests say. Reads all of them."""
+        """Whether every stored byte of a version is what its digests say. Reads all of them.
+
+        Raises:
+            UnknownModelError: there is no such version under any name.
+        """
         try:
             for entry in self.content(version).files.values():
                 self.read_file(entry)
-        except (AdapterCorruptError, UnknownModelError):
+        except AdapterCorruptError:
+            return False
+        except UnknownModelError:
+            if not self._has_manifest(version):
+                raise
             return False
         return True
 
@@ -436,6 +450,10 @@ class Registry:
                 f"version {versions[0][:12]} of adapter {name.name!r} is in quarantine ({reason}); publish it again"
             )
         return found
+
+    def _has_manifest(self, version: AdapterVersion) -> bool:
+        parsed = (layout.parse_manifest(found.key) for found in self._store.list(layout.ADAPTERS))
+        return any(manifest is not None and manifest[1] == version for manifest in parsed)
 
     def _is_intact(self, version: AdapterVersion) -> bool:
         return not is_in_quarantine(self._store, version)

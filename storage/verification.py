@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from storage import layout
@@ -88,16 +89,17 @@ def verify(
         if bad:
             problems[version] = "; ".join(bad)
 
-    damaged = [
-        Damage(version, tuple(by_version[version]), what, registry.quarantine(version, what))
-        for version, what in sorted(problems.items())
-    ]
-    lifted = [
-        version
-        for version, reason in registry.quarantined().items()
-        if version in files_of and version not in problems
-        if not registry.quarantine(version, reason)
-    ]
+    damaged = []
+    for version, what in sorted(problems.items()):
+        with suppress(UnknownModelError):  # collected meanwhile
+            is_bad = registry.quarantine(version, what)
+            damaged.append(Damage(version, tuple(by_version[version]), what, is_bad))
+    lifted = []
+    for version, reason in registry.quarantined().items():
+        if version in files_of and version not in problems:
+            with suppress(UnknownModelError):
+                if not registry.quarantine(version, reason):
+                    lifted.append(version)
     bad_manifests = _bad_manifests(store, of_adapters)
     repaired = []
     for (owner, version), what in bad_manifests.items():

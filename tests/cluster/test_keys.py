@@ -78,6 +78,15 @@ def test_keys_are_kept_listed_and_revoked(store: ObjectStore) -> None:
             keys.revoke(unknown)
 
 
+def test_an_object_that_is_no_key_hides_none(tmp_path: Path) -> None:
+    """Somebody copied a record by hand, to a name that no store of ours would write."""
+    keys = KeyStore(open_store(StorageSettings(registry=str(tmp_path))))
+    good = new_key("team", is_admin=False, created_s=1.0)
+    keys.add(good.key)
+    (tmp_path / "keys" / "my copy.json").write_text(good.key.model_dump_json())
+    assert keys.keys() == [good.key]
+
+
 def test_a_damaged_key_opens_nothing_and_hides_no_other(store: ObjectStore) -> None:
     keys = KeyStore(store)
     good, bad = (new_key("team", is_admin=False, created_s=1.0) for _ in range(2))

@@ -11,16 +11,19 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import boto3
 import pytest
 
 from storage import layout
 from storage.collection import Collector
+from storage.config import StorageSettings
 from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
 from storage.identity import AdapterName, AdapterVersion, sha256_hex
 from storage.local_store import LocalObjectStore
 from storage.object_store import ObjectStore
 from storage.records import encode
 from storage.registry import Registry
+from storage.stores import open_store
 from storage.sweep import LEASE_S, Sweep
 from tests.storage.passing_store import InterruptingStore
 from tests.storage.versions import NAME, assert_whole, files_of, publish, version_of
@@ -54,6 +57,22 @@ def blobs_in(store: ObjectStore) -> set[str]:
 def blobs_of(*texts: str) -> set[str]:
     files = {sha256_hex(data) for text in texts for data in files_of(text).values()}
     return files | {version_of(text) for text in texts}
+
+
+@pytest.mark.parametrize("stray", ["blobs/sha256/", "blobs/sha256/old copy", "probes/old copy"])
+def test_objects_put_there_by_hand_stay_and_hold_up_nothing(
+    s3_settings: StorageSettings, stray: str
+) -> None:
+    """A folder marker of a bucket browser, say."""
+    bucket, _, prefix = s3_settings.registry.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=s3_settings.s3_endpoint_url, region_name="us-east-1")
+    client.put_object(Bucket=bucket, Key=f"{prefix}/{stray}", Body=b"")
+    store, clock = open_store(s3_settings), LateClock()
+    publish(Registry(store, clock), "one")
+    store.put(layout.blob(sha256_hex(b"orphan")), b"orphan")
+    went = collector(store, clock).collect()
+    assert went.blobs == (layout.blob(sha256_hex(b"orphan")),)
+    assert stray in {each.key for each in store.list("")}
 
 
 def test_deleted_versions_and_orphans_go_and_all_else_stays(store: ObjectStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -134,6 +135,21 @@ def test_leftovers_of_a_killed_replica_are_removed_after_an_hour(tmp_path: Path)
     cache = DiskCache(tmp_path, 1 << 20)
     assert young.exists() and not old.exists()
     assert cache.versions() == frozenset()
+
+
+def test_leftovers_that_cannot_be_removed_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "~old"
+    old.mkdir()
+    os.utime(old, (time.time() - 2 * 3600,) * 2)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "read-only file system", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    cache = DiskCache(tmp_path, 1 << 20)
+    assert old.exists() and cache.versions() == frozenset()
 
 
 def test_caches_that_share_a_directory_see_what_the_others_do(

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from storage import layout
-from storage.errors import AdapterCorruptError, InvalidRequestError, UnknownModelError
+from storage.errors import (
+    AdapterCorruptError,
+    InvalidRequestError,
+    StoreUnavailableError,
+    UnknownModelError,
+)
 from storage.identity import AdapterName, AdapterVersion, sha256_hex
 from storage.local_store import LocalObjectStore
 from storage.object_store import ObjectStore
@@ -88,6 +94,35 @@ def test_a_publish_during_a_quarantine_leaves_a_good_version_out_of_it(tmp_path:
             return
         if registry.is_undamaged(version):
             assert registry.quarantined() == {}, f"a good version is in quarantine ({at})"
+
+
+def test_an_outage_during_a_quarantine_leaves_a_whole_version_out_of_it(
+    store: ObjectStore,
+) -> None:
+    """The same as being killed: at some point nothing is written any more."""
+    registry = Registry(store)
+    version = publish(registry, "one")
+
+    def go_away() -> None:
+        raise StoreUnavailableError("gone")
+
+    for at in itertools.count():
+        failing = InterruptingStore(store, at, go_away)
+        with suppress(StoreUnavailableError):
+            Registry(failing).quarantine(version, "a replica's own disk was at fault")
+        assert registry.quarantined() == {}
+        if not failing.has_happened:
+            assert at > 3, "nothing failed: this test proved nothing"
+            return
+
+
+def test_a_version_that_does_not_exist_is_not_quarantined(store: ObjectStore) -> None:
+    registry = Registry(store)
+    publish(registry, "one")
+    before = [each.key for each in store.list("")]
+    with pytest.raises(UnknownModelError):
+        registry.quarantine(version_of("never published"), "damaged")
+    assert [each.key for each in store.list("")] == before and registry.quarantined() == {}
 
 
 def test_verification_names_what_is_damaged_and_what_is_whole_again(store: ObjectStore) -> None:

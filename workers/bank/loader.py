@@ -239,6 +239,10 @@ class AdapterLoader:
             self._bank.evict(version)
         except BankBusyError:
             return  # whoever uses it will free it
+        except Exception:
+            # This thread must outlive it: the adapters of everybody come on it.
+            _log.exception("the version %s cannot be evicted", version)
+            return
         with self._condition:
             self._retired -= {version}
         self.rows_freed()

@@ -346,6 +346,27 @@ def test_a_retired_version_leaves_the_device_once_nobody_uses_it(
     eventually(lambda: bank.residents() == (version(1),))
 
 
+def test_an_eviction_that_fails_holds_up_no_load(
+    loader: AdapterLoader, bank: AdapterBank, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank.load(version(1), rows())
+    has_failed = threading.Event()
+
+    def fail(_: AdapterVersion) -> None:
+        has_failed.set()
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "evict", fail)
+        loader.prefetch([], retired=frozenset([version(1)]))
+        assert has_failed.wait(60)
+        source.near = {version(2)}
+        loader.request(version(2))
+        eventually(lambda: bank.find(version(2)) is not None)
+    loader.rows_freed()
+    eventually(lambda: bank.residents() == (version(2),))
+
+
 def test_loads_tell_how_long_they_took_by_stage_and_by_tier(
     loader: AdapterLoader, bank: AdapterBank, source: Source, clock: Clock
 ) -> None:
