@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 
 from cli.bases import BUILT_IN
@@ -115,7 +116,7 @@ def show(
             str(version["modules"]),
             format_bytes(version["num_bytes"]),
             f"{datetime.fromtimestamp(version['created_s']):%Y-%m-%d %H:%M}",
-            version["source"],
+            escape(version["source"]),
         )
     out.print(table)
     for alias, record in sorted(aliases.items()):
@@ -126,7 +127,8 @@ def show(
     for manifest in manifests:
         if manifest.version in bad:
             err.print(
-                f"[bold red]In quarantine:[/] {short(manifest.version)}: {bad[manifest.version]}",
+                f"[bold red]In quarantine:[/] {short(manifest.version)}: "
+                + escape(bad[manifest.version]),
                 soft_wrap=True,
             )
 
@@ -170,7 +172,7 @@ def push(
         print_json({"name": name, "alias": alias, **_version(manifest, {})})
         return
     for warning in manifest.provenance.warnings:
-        err.print(f"[yellow]Note:[/] {warning}")
+        err.print(f"[yellow]Note:[/] {escape(warning)}")
     out.print(f"published {name}@{alias} as {manifest.version}", soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cli.console import AsJson, err, out, print_json
@@ -60,7 +61,7 @@ def ls(
     table = Table("id", "tenant", "for", "made", "note")
     for key in keys:
         made = f"{datetime.fromtimestamp(key.created_s):%Y-%m-%d %H:%M}"
-        table.add_row(key.key_id, key.tenant, _rights(key), made, key.note)
+        table.add_row(key.key_id, key.tenant, _rights(key), made, escape(key.note))
     out.print(table if keys else "no keys yet: flora keys create --admin")
 
 

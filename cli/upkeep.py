@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cli.bases import BUILT_IN
 from cli.console import AsJson, err, format_bytes, out, print_json, short
@@ -66,14 +67,15 @@ def import_(
             color = colors[each.outcome]
             what = f"  {each.what}" if each.what else ""
             version = "" if each.version is None else short(each.version)
-            out.print(f"[{color}]{each.outcome:9}[/] {each.name} {version}{what}", soft_wrap=True)
+            told = escape(f"{each.name} {version}{what}")
+            out.print(f"[{color}]{each.outcome:9}[/] {told}", soft_wrap=True)
     counts = Counter(each.outcome for each in results)
     if as_json:
         print_json([asdict(each) for each in results])
     elif results:
         out.print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     else:
-        out.print(f"no adapters below {source}", soft_wrap=True)
+        out.print(f"no adapters below {escape(source)}", soft_wrap=True)
     if counts["refused"]:
         raise typer.Exit(EXIT_FAILED)
 
@@ -164,7 +166,8 @@ def _tell(found: Verification) -> None:
         names = ", ".join(str(name) for name in damage.names)
         where = "  (in quarantine)" if damage.is_quarantined else ""
         out.print(
-            f"[red]damaged[/] {names}@{short(damage.version)}: {damage.what}{where}", soft_wrap=True
+            f"[red]damaged[/] {names}@{short(damage.version)}: {escape(damage.what)}{where}",
+            soft_wrap=True,
         )
     for name, version in found.repaired:
         out.print(f"[green]repaired[/] the manifest of {name}@{short(version)}")

@@ -28,7 +28,6 @@ _TYPES = {
     409: "conflict_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
-    429: "rate_limit_error",
     503: "overloaded_error",
 }
 _REGISTRY_AWAY = (

@@ -63,8 +63,8 @@ class ManagerLink:
             if answer is None:
                 return
             self._asked = None
-            if answer:
-                self._yes_s = now_s
+            if answer:  # true of when it was asked, however late it is collected
+                self._yes_s = self._asked_s
         if now_s - self._asked_s >= ASK_EVERY_S:
             self._asked_s = now_s
             with suppress(RayError, ValueError):  # there is none for a moment: nobody leaves

@@ -93,6 +93,13 @@ class FigureBook:
         with self._lock:
             self._counters[key] = self._counters.get(key, 0.0) + by
 
+    def fold(self, name: str, labels: tuple[str, ...], into: tuple[str, ...]) -> None:
+        """Let a counter's series end, and add what it counted to another's: their sum stays as it was."""
+        with self._lock:
+            by = self._counters.pop((name, labels), 0.0)
+            if by:
+                self._counters[name, into] = self._counters.get((name, into), 0.0) + by
+
     def observe(
         self,
         name: str,

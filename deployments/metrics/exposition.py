@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
@@ -42,10 +42,11 @@ class Metrics:
 
     Args:
         view: of the placement table, whose age is told.
+        clock: seconds; only differences matter.
     """
 
-    def __init__(self, view: TableView) -> None:
-        self.requests = RequestMetrics(view)
+    def __init__(self, view: TableView, clock: Callable[[], float] = time.monotonic) -> None:
+        self.requests = RequestMetrics(view, clock)
         self._view = view
         self._totals = Totals()
         self._lock = threading.Lock()

@@ -29,6 +29,11 @@ GONE = "gone"
 """How an answer ended that its client did not wait for."""
 WAITING, RUNNING = "waiting", "running"
 _TOP_ADAPTERS = 20
+_GENERATIONS, _PROMPT_TOKENS, _ANSWER_TOKENS = _BY_ADAPTER = (
+    "flora_generations_total",
+    "flora_prompt_tokens_total",
+    "flora_answer_tokens_total",
+)
 
 
 class RequestMetrics:
@@ -70,11 +75,16 @@ class RequestMetrics:
         self._book.count("flora_http_requests_total", method, route, str(code))
 
     def begin(self, request: EngineRequest) -> Measured:
-        return Measured(self, self._book, request, self._adapter_of(request))
+        adapter = self._adapter_of(request)
+        loser = None if adapter == BASE else self._top.asked(adapter)
+        if loser is not None:
+            for name in _BY_ADAPTER:
+                self._book.fold(name, (loser,), (OTHER,))
+        return Measured(self, self._book, request, adapter)
 
     def label(self, adapter: str) -> str:
-        """Under which label an adapter's request counts that begins now."""
-        return adapter if adapter == BASE else self._top.asked(adapter)
+        """Under which label an adapter counts now; it may lose it before its answer is whole."""
+        return adapter if adapter == BASE else self._top.label(adapter)
 
     def move(self, adapter: str, before: str | None, after: str | None) -> None:
         """An answer's state changed; None: not begun, or over."""
@@ -105,16 +115,14 @@ class Measured:
         self._metrics = metrics
         self._book = book
         self._adapter = adapter
-        self._label = metrics.label(adapter)
         self._began_s = metrics.clock()
         self._token_s: float | None = None  # when the last token came
         self._state: str | None = None
         self._reason = GONE
         self._to(WAITING)
-        book.count("flora_generations_total", self._label)
-        book.count(
-            "flora_prompt_tokens_total", self._label, by=float(len(request.prompt_token_ids))
-        )
+        label = metrics.label(adapter)
+        book.count(_GENERATIONS, label)
+        book.count(_PROMPT_TOKENS, label, by=float(len(request.prompt_token_ids)))
 
     def took(self, batch: ReplicaOutputs) -> None:
         now_s = self._metrics.clock()
@@ -123,7 +131,8 @@ class Measured:
             self._first(batch.outputs[0], now_s)
         tokens = sum(len(output.new_token_ids) for output in batch.outputs)
         if tokens:
-            self._book.count("flora_answer_tokens_total", self._label, by=float(tokens))
+            label = self._metrics.label(self._adapter)
+            self._book.count(_ANSWER_TOKENS, label, by=float(tokens))
             since_s, self._token_s = self._token_s, now_s
             if since_s is not None:
                 self._book.observe(

@@ -30,7 +30,7 @@ class _Recent:
 
 
 class TopAdapters:
-    """Gives labels, once per request. What was counted under a label stays there: `other` only grows.
+    """Gives labels, and takes them back when others are wanted more.
 
     Args:
         limit: labels besides `other`.
@@ -48,33 +48,34 @@ class TopAdapters:
         """Adapters that have a label now."""
         return frozenset(self._labels)
 
-    def asked(self, adapter: str) -> str:
-        """Count a request for an adapter, and say under which label."""
+    def asked(self, adapter: str) -> str | None:
+        """Count a request for an adapter, which may give it a label.
+
+        Returns:
+            The adapter that lost its label to this one, if one did: what was counted under it is `other`'s now.
+        """
         now_s = self._clock()
         recent = self._recent.get(adapter)
         requests = (recent.now(now_s) if recent else 0.0) + 1.0
         self._recent[adapter] = _Recent(requests, now_s)
         if len(self._recent) > _MAX_TRACKED:
             self._forget(now_s)
-        if adapter not in self._labels and self._may_enter(requests, now_s):
+        if adapter in self._labels:
+            return None
+        if len(self._labels) < self._limit:
             self._labels.add(adapter)
-        return self.label(adapter)
+            return None
+        least = min(self._labels, key=lambda one: self._recent[one].now(now_s))
+        needed = max(TAKES_OVER_REQUESTS, TAKES_OVER_RATIO * self._recent[least].now(now_s))
+        if requests < needed:
+            return None
+        self._labels.remove(least)
+        self._labels.add(adapter)
+        return least
 
     def label(self, adapter: str) -> str:
-        """The label without counting."""
+        """Under which label an adapter counts now."""
         return adapter if adapter in self._labels else OTHER
-
-    def _may_enter(self, requests: float, now_s: float) -> bool:
-        """Whether there is room, made by the least wanted if need be."""
-        if len(self._labels) < self._limit:
-            return True
-        if requests < TAKES_OVER_REQUESTS:
-            return False
-        least = min(self._labels, key=lambda one: self._recent[one].now(now_s))
-        if requests < TAKES_OVER_RATIO * self._recent[least].now(now_s):
-            return False
-        self._labels.remove(least)
-        return True
 
     def _forget(self, now_s: float) -> None:
         """Drop the less wanted half; owners of labels stay."""

@@ -31,6 +31,11 @@ def test_a_key_is_made_listed_and_revoked(flora: Flora, home: Path) -> None:
     assert [key["id"] for key in as_json(flora("keys", "ls", "--json"))] == [listed[1]["id"]]
 
 
+def test_a_note_is_text_and_not_markup(flora: Flora) -> None:
+    flora("keys", "create", "--note", "[/home]")
+    assert "[/home]" in flora("keys", "ls").stdout
+
+
 def test_a_wrong_id_or_tenant_is_told(flora: Flora) -> None:
     assert "there is no key" in flora("keys", "revoke", "nothing", code=2).stderr
     assert "not a valid name" in flora("keys", "create", "--tenant", "No Name", code=2).stderr

@@ -12,9 +12,11 @@ from cli.settings import storage_settings
 from storage import layout
 from storage.adapter_directory import write_directory
 from storage.identity import AdapterName, AdapterVersion
+from storage.manifest import Provenance
 from storage.object_store import ObjectStore
 from storage.registry import Registry
 from storage.stores import open_store
+from storage.verification import Damage, Verification
 from tests.cli.conftest import Flora, as_json
 from tests.cli.test_adapters import adapter_files, push
 from tests.conftest import S3Endpoint
@@ -114,6 +116,39 @@ def test_a_flipped_bit_is_named_and_quarantined_and_publishing_again_repairs_it(
     push(flora, tmp_path / "v2", tiny_llama_dir)
     assert as_json(flora("adapters", "verify", "--json"))["damaged"] == []
     assert as_json(flora("adapters", "ls", "--json"))[0]["versions"][1]["quarantined"] is None
+
+
+def test_what_others_wrote_is_text_and_not_markup(
+    flora: Flora,
+    home: Path,
+    two_versions: list[AdapterVersion],
+    tmp_path: Path,
+    tiny_llama_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry = Registry(opened(home))
+    content = registry.content(two_versions[0])
+    files = {path: registry.read_file(entry) for path, entry in content.files.items()}
+    provenance = Provenance(created_s=0.0, source="[/a]")
+    registry.publish(AdapterName("default", "mate"), files, content, provenance=provenance)
+    damage(home, two_versions[0])
+    assert registry.quarantine(two_versions[0], "it is [/b]")
+    shown = flora("adapters", "show", "mate")
+    assert "[/a]" in shown.stdout and "it is [/b]" in shown.stderr
+
+    empty = tmp_path / "[" / "e]"
+    empty.mkdir(parents=True)
+    base = ("--base", str(tiny_llama_dir))
+    assert "[/e]" in flora("adapters", "import", str(empty), *base).stdout
+    write_directory(tmp_path / "many" / "[c]", adapter_files(tiny_llama_dir))
+    refused = flora("adapters", "import", str(tmp_path / "many"), *base, code=1)
+    assert refused.stdout.count("[c]") == 2, "the name, and in the reason"
+
+    found = Damage(two_versions[0], (CAPTAIN,), "bytes of [/d]", is_quarantined=True)
+    monkeypatch.setattr(
+        "cli.upkeep.verify_registry", lambda *_, **__: Verification(0, 0, 0, (found,))
+    )
+    assert "bytes of [/d]" in flora("adapters", "verify", code=1).stdout
 
 
 def test_garbage_is_shown_first_and_deleted_when_asked(

@@ -170,19 +170,22 @@ def test_replicas_come_with_load_and_go_without_it_and_nobody_notices(scaled: Sc
     # Always a long stream on each of them, a little traffic beside, and one of the two must go.
     with ThreadPoolExecutor(MAX_STREAMS) as pool:
         streams: list[Stream] = []
+        reads: list[Future[None]] = []
         stays, left_s = seen, 0.0
         for each in cycle(everything):
             busy = {stream.replica for stream in streams if not stream.ended_s}
             if len(stays) == MOST and busy != seen:
                 streams.append(Stream())
-                pool.submit(scaled.read, streams[-1], BASE_ID, PROMPTS[0])
+                reads.append(pool.submit(scaled.read, streams[-1], BASE_ID, PROMPTS[0]))
                 assert streams[-1].has_begun.wait(60)
             scaled.ask(*each)
             if len(stays) == MOST:
                 stays, left_s = scaled.replicas(), time.monotonic()
-            if len(stays) < MOST and all(stream.ended_s for stream in streams):
+            if len(stays) < MOST and all(one.done() for one in reads):
                 break
             assert time.monotonic() < deadline_s + 120, "no replica left"
+        for one in reads:
+            one.result()
     (leaver,) = seen - stays
     went_on_s = max(one.ended_s for one in streams if one.replica == leaver) - left_s
     assert went_on_s > 0, "its streams had ended before it left"

@@ -337,14 +337,12 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
             }
             return not before <= left and expected <= left
 
-        killed_s = time.monotonic()
         until(is_rehomed, "its adapters have other holders", within_s=5)
         (died,) = before - alive()
         for model in RANDOM:
             response = served.complete(model, "user", max_tokens=TOKENS)
             assert served.is_right(response, model, "user", TOKENS)
             assert response.headers["x-replica-id"] != died
-        assert time.monotonic() - killed_s < 5
         assert all(answer.result() for answer, _ in both)
         ends = [stream.result() for _, stream in both]
     assert "right" in ends

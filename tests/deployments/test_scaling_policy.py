@@ -79,6 +79,17 @@ def test_an_answer_counts_for_moments_only(
     assert not link.is_prepared
 
 
+def test_an_answer_that_nobody_collected_in_time_is_old_when_it_is(
+    link: ManagerLink, manager: Manager, clock: ManualClock
+) -> None:
+    manager.answer = True
+    link.prepare()
+    clock.advance(3600)  # load came back: nobody should leave any more
+    link.prepare()
+    assert not link.is_prepared
+    assert wish(link, clock), "it was asked again"
+
+
 def test_the_wish_is_told_again_and_again_but_one_question_at_a_time(
     link: ManagerLink, manager: Manager, clock: ManualClock
 ) -> None:

@@ -57,6 +57,18 @@ def test_threads_lose_no_observation() -> None:
     assert figures.histograms["seconds", ("disk",)].total == pytest.approx(48.0)
 
 
+def test_a_series_that_is_folded_ends_and_its_count_goes_on_elsewhere() -> None:
+    book = FigureBook()
+    book.count("requests", "a", by=2.0)
+    book.count("tokens", "a")
+    book.fold("requests", ("a",), into=("other",))
+    book.fold("requests", ("never",), into=("other",))
+    assert book.read().counters == {("requests", ("other",)): 2.0, ("tokens", ("a",)): 1.0}
+    book.count("requests", "other")
+    book.fold("requests", ("other",), into=("other",))
+    assert book.read().counters["requests", ("other",)] == 3.0
+
+
 def test_figures_cross_processes_and_later_readings_do_not_change_them() -> None:
     book = FigureBook()
     book.observe("seconds", 1.0, bounds=SECONDS)
