@@ -43,7 +43,8 @@ def ls(
     """
     store = _open(registry, s3_endpoint)
     # One more than is shown tells whether there is more.
-    listed = store.list(tenant, limit=None if limit is None else limit + 1, after=after)
+    last = None if after is None else AdapterName(tenant, after)
+    listed = store.list(tenant, limit=None if limit is None else limit + 1, after=last)
     bad = store.index().quarantined
     found = [_listed(name, entry, bad) for name, entry in listed.items()]
     has_more = limit is not None and len(found) > limit

@@ -187,23 +187,6 @@ class Registry:
             raise AdapterCorruptError(f"the stored file {entry.sha256} is damaged")
         return data
 
-    def names(self, tenant: str | None = None) -> list[AdapterName]:
-        """Every adapter that has a version, in order; of all tenants when `tenant` is None."""
-        if tenant is not None:
-            checked_name(tenant, param="tenant")
-        versions: dict[AdapterName, set[str]] = {}
-        buried: set[AdapterName] = set()
-        for found in self._store.list(layout.tenant_folder(tenant)):
-            if (manifest := layout.parse_manifest(found.key)) is not None:
-                versions.setdefault(manifest[0], set()).add(manifest[1])
-            elif (name := layout.parse_tombstone(found.key)) is not None:
-                buried.add(name)
-        return sorted(
-            name
-            for name, known in versions.items()
-            if name not in buried or known.difference(read_tombstone(self._store, name).versions)
-        )
-
     def versions(self, name: AdapterName) -> list[Manifest]:
         """Every version of an adapter, oldest first; empty when there is no such adapter."""
         found = [
@@ -213,21 +196,25 @@ class Registry:
         return sorted(found, key=lambda manifest: manifest.provenance.created_s)
 
     def list(
-        self, tenant: str | None = None, *, limit: int | None = None, after: str | None = None
+        self,
+        tenant: str | None = None,
+        *,
+        limit: int | None = None,
+        after: AdapterName | None = None,
     ) -> Mapping[AdapterName, AdapterEntry]:
         """A page of the adapters, in order, from the index: a later call reads only what changed since.
 
         Args:
             tenant: whose; None for every tenant.
             limit: at most so many; None for all.
-            after: only names that come after this one.
+            after: only adapters that come after this one, whether or not it exists.
         """
         if tenant is not None:
             checked_name(tenant, param="tenant")
         page = (
             (name, entry)
             for name, entry in self.index().adapters.items()
-            if (tenant is None or name.tenant == tenant) and (after is None or name.name > after)
+            if (tenant is None or name.tenant == tenant) and (after is None or name > after)
         )
         return dict(islice(page, limit))
 

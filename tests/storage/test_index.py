@@ -182,8 +182,12 @@ def test_pages_are_in_order_and_complete(store: ObjectStore) -> None:
     pages, after = [], None
     while page := registry.list("team", limit=3, after=after):
         pages.append([name.name for name in page])
-        after = pages[-1][-1]
+        after = next(reversed(page))
     assert pages == [["a0", "a1", "a2"], ["a3", "a4", "a5"], ["a6"]]
+    everybodys: list[AdapterName] = []
+    while page := registry.list(limit=3, after=everybodys[-1] if everybodys else None):
+        everybodys += page
+    assert everybodys == list(registry.list()), "the tenants' names overlap"
     assert len(registry.list()) == 8 and list(registry.list("nobody")) == []
 
 

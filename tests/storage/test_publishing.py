@@ -94,7 +94,7 @@ def test_an_adapter_that_multiplies_another_bases_weights_is_refused(registry: R
     with pytest.raises(BaseMismatchError) as refused:
         publish_adapter(registry, NAME, _flora(_OTHER_BASE.digest), _BASE)
     assert _OTHER_BASE.digest[:12] in refused.value.message and "tiny" in refused.value.message
-    assert registry.names() == []
+    assert list(registry.list()) == []
 
 
 def test_a_lora_made_for_another_base_of_the_same_shapes_is_published_with_a_warning(
@@ -175,7 +175,7 @@ def test_an_adapter_of_any_family_that_does_not_fit_is_refused_by_tensor(
     with pytest.raises(AdapterRefusedError) as refused:
         publish_adapter(registry, NAME, files, base)
     assert told in refused.value.message
-    assert registry.names() == []
+    assert list(registry.list()) == []
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_value_that_would_reach_other_tenants_is_refused(registry: Registry) -
         rows = ModuleRows(mul_b_RI=torch.full((1, 8), value), mul_a_RO=torch.ones(1, 6))
         with pytest.raises(AdapterRefusedError, match="hira_A"):
             publish_adapter(registry, NAME, write_flora(AdapterRows({_Q: rows}), "tiny"), _BASE)
-    assert registry.names() == []
+    assert list(registry.list()) == []
 
 
 def test_an_adapter_over_the_byte_limit_is_refused_unread(registry: Registry) -> None:

@@ -120,10 +120,10 @@ def test_names_are_listed_by_tenant(registry: Registry) -> None:
     names = [AdapterName(*pair) for pair in (("a", "x"), ("a", "y-1"), ("ab", "x"), ("b", "z"))]
     for name in names:
         publish(registry, "one", name=name)
-    assert registry.names("a") == names[:2]
-    assert registry.names("ab") == names[2:3]
-    assert registry.names("none") == []
-    assert registry.names() == names
+    assert list(registry.list("a")) == names[:2]
+    assert list(registry.list("ab")) == names[2:3]
+    assert list(registry.list("none")) == []
+    assert list(registry.list()) == names
 
 
 def test_stray_objects_are_nobodys_adapter(registry: Registry, store: ObjectStore) -> None:
@@ -138,7 +138,7 @@ def test_stray_objects_are_nobodys_adapter(registry: Registry, store: ObjectStor
         "adapters/team/other/aliases/latest.json",
     ):
         store.put(key, b"?")
-    assert registry.names() == [NAME]
+    assert list(registry.list()) == [NAME]
     assert [manifest.version for manifest in registry.versions(NAME)] == [version]
     assert list(registry.aliases(NAME)) == ["latest"]
 
@@ -157,7 +157,7 @@ def test_a_deleted_adapter_is_gone_under_every_name(registry: Registry) -> None:
     with pytest.raises(UnknownModelError):
         registry.move_alias(NAME, "latest", versions[0])
     assert registry.versions(NAME) == [] and registry.aliases(NAME) == {}
-    assert registry.names("team") == [other]
+    assert list(registry.list("team")) == [other]
     assert registry.resolve(other) == versions[0]
     with pytest.raises(UnknownModelError):
         registry.delete(NAME)
@@ -201,7 +201,7 @@ def test_the_generation_grows_with_every_change_and_only_then(registry: Registry
     registry.move_alias(NAME, "prod", one)
     assert grown()
     registry.resolve(NAME)
-    registry.names()
+    registry.list()
     registry.aliases(NAME)
     assert not grown()
     registry.delete(NAME)

@@ -120,11 +120,11 @@ def test_a_delete_takes_a_publish_away_whole_or_not_at_all(
         outcomes.add(tuple(found))
         if found:
             assert found == [version_of(text)] == [registry.resolve(NAME)]
-            assert registry.names() == [NAME]
+            assert list(registry.list()) == [NAME]
         else:
             with pytest.raises(UnknownModelError):
                 registry.resolve(NAME)
-            assert registry.aliases(NAME) == {} and registry.names() == []
+            assert registry.aliases(NAME) == {} and list(registry.list()) == []
         before = registry.generation()
         publish(registry, text)
         assert registry.resolve(NAME) == version_of(text)
@@ -147,7 +147,7 @@ def test_two_deletes_in_any_interleaving_leave_nothing(tmp_path: Path) -> None:
             registry.delete(NAME)
 
     for registry in _interleaved(tmp_path, deletes_if_there, deletes_if_there):
-        assert registry.versions(NAME) == [] and registry.names() == []
+        assert registry.versions(NAME) == [] and list(registry.list()) == []
 
 
 def test_no_change_is_announced_before_it_can_be_seen(tmp_path: Path) -> None:

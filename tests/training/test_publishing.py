@@ -82,7 +82,7 @@ def test_weights_nobody_may_serve_are_refused(registry: Registry, base: BaseFact
     publish = publisher(registry, base, tenant="default", job_id="job-1", max_bytes=1 << 20)
     with pytest.raises(AdapterRefusedError):
         publish(spec, rows)
-    assert registry.names("default") == []
+    assert list(registry.list("default")) == []
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

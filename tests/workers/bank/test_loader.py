@@ -350,16 +350,17 @@ def test_an_eviction_that_fails_holds_up_no_load(
     loader: AdapterLoader, bank: AdapterBank, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bank.load(version(1), rows())
-    has_failed = threading.Event()
+    failures = threading.Semaphore(0)
 
     def fail(_: AdapterVersion) -> None:
-        has_failed.set()
+        failures.release()
         raise RuntimeError("the device is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(bank, "evict", fail)
-        loader.prefetch([], retired=frozenset([version(1)]))
-        assert has_failed.wait(60)
+        for _ in range(2):  # once for each thread that evicts
+            loader.prefetch([], retired=frozenset([version(1)]))
+            assert failures.acquire(timeout=60)
         source.near = {version(2)}
         loader.request(version(2))
         eventually(lambda: bank.find(version(2)) is not None)
