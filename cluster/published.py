@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cluster.table import AdapterFacts, AliasKey
-from storage.history import newest_good
 from storage.identity import DEFAULT_ALIAS, AdapterName, AdapterVersion
 from storage.index_entry import AdapterEntry
 from storage.index_reader import IndexState
@@ -44,18 +43,6 @@ class Published:
     generation: int = -1
     adapters: Mapping[AdapterName, PublishedAdapter] = field(default_factory=dict)
     quarantined: Mapping[AdapterVersion, str] = field(default_factory=dict)
-
-    @cached_property
-    def desired(self) -> Mapping[AliasKey, AdapterVersion]:
-        """Where every alias should point: at its newest version that can be read and is not in quarantine.
-
-        An alias without such a version is left out.
-        """
-        return {
-            key: version
-            for adapter in self.adapters.values()
-            for key, version in _desired_of(adapter, self.quarantined).items()
-        }
 
     @property
     def aliases(self) -> dict[AliasKey, AdapterVersion]:
@@ -95,7 +82,7 @@ class Published:
 
 
 class PublishedReader:
-    """Follows a registry's index. One caller at a time; a change costs what changed, and copies of three dictionaries.
+    """Follows a registry's index. One caller at a time; a change costs what changed, and copies of two dictionaries.
 
     Args:
         registry: where adapters are published; says by its clock when to compare its index with the records.
@@ -126,16 +113,12 @@ class PublishedReader:
         changed = [name for name in before if after.get(name) is not before[name]]
         changed += [name for name in after if name not in before]
         last = self._last
-        desired, facts = dict(last.desired), dict(last.facts)
+        facts = dict(last.facts)
         fresh = {name: _adapter(name, after[name]) for name in changed if name in after}
         for name in changed:
             if name in last.adapters:
-                gone = last.adapters[name]
-                for key in _desired_of(gone, last.quarantined):
-                    del desired[key]
-                self._owners.subtract(_facts_of(gone).keys())
+                self._owners.subtract(_facts_of(last.adapters[name]).keys())
         for adapter in fresh.values():
-            desired |= _desired_of(adapter, index.quarantined)
             facts |= _facts_of(adapter)
             self._owners.update(_facts_of(adapter).keys())
         for version in [each for each, count in self._owners.items() if count == 0]:
@@ -143,8 +126,6 @@ class PublishedReader:
         adapters = {name: fresh.get(name) or last.adapters[name] for name in after}
         published = Published(index.generation, adapters, index.quarantined)
         vars(published)["facts"] = facts
-        if index.quarantined == last.quarantined:
-            vars(published)["desired"] = desired
         return published
 
 
@@ -163,16 +144,3 @@ def _facts_of(adapter: PublishedAdapter) -> dict[AdapterVersion, AdapterFacts]:
         summary.version: AdapterFacts(rows=summary.pages, num_bytes=summary.num_bytes)
         for summary in adapter.versions
     }
-
-
-def _desired_of(
-    adapter: PublishedAdapter, quarantined: Mapping[AdapterVersion, str]
-) -> dict[AliasKey, AdapterVersion]:
-    readable = {summary.version for summary in adapter.versions}
-    desired = {}
-    for alias, version in adapter.aliases.items():
-        meant = (version, *adapter.history.get(alias, ()))
-        found = newest_good(meant, lambda each: each in readable and each not in quarantined)
-        if found is not None:
-            desired[adapter.name.tenant, adapter.name.name, alias] = found
-    return desired

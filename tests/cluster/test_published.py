@@ -50,7 +50,7 @@ def test_aliases_versions_and_sizes_are_read(shelf: Shelf) -> None:
     old, new = shelf.publish(POET, 2), shelf.publish(POET, 3)
     shelf.registry.move_alias(POET, "prod", old)
     published = shelf.reader.read()
-    assert published.desired == {
+    assert published.aliases == {
         ("default", "poet", "latest"): new,
         ("default", "poet", "prod"): old,
     }
@@ -91,10 +91,11 @@ def test_a_version_that_cannot_be_read_is_passed_over_and_hides_no_other(shelf: 
     for each in list(shelf.store.list(layout.INDEX)):
         shelf.store.delete(each.key)
     published = shelf.reader.read()
-    assert published.desired == {
-        ("default", "poet", "latest"): kept,
+    assert published.aliases == {
+        ("default", "poet", "latest"): damaged,
         ("default", "clerk", "latest"): fresh,
     }
+    assert published.history == {("default", "poet", "latest"): (kept,)}
     assert published.facts.keys() == {kept, fresh}
 
 
@@ -104,27 +105,26 @@ def test_a_damaged_alias_stays_what_it_was_read_as(shelf: Shelf) -> None:
     shelf.store.put(layout.alias(POET, "latest"), b"{}")
     fresh = shelf.publish(CLERK, 1)
     shelf.clock.advance(COMPARE_S)
-    assert shelf.reader.read().desired == {
+    assert shelf.reader.read().aliases == {
         ("default", "poet", "latest"): kept,
         ("default", "clerk", "latest"): fresh,
     }
 
 
-def test_an_alias_in_quarantine_desires_the_version_before_and_comes_back_when_that_is_lifted(
+def test_a_quarantine_is_told_beside_what_its_alias_means_and_meant_until_it_is_lifted(
     shelf: Shelf,
 ) -> None:
     good, bad = shelf.publish(POET, 2), shelf.publish(POET, 3)
     latest = ("default", "poet", "latest")
-    assert shelf.reader.read().desired == {latest: bad}
+    assert shelf.reader.read().quarantined == {}
     damage(shelf, bad)
     assert shelf.registry.quarantine(bad, "a byte is wrong")
     published = shelf.reader.read()
-    assert published.desired == {latest: good}
     assert published.quarantined == {bad: "a byte is wrong"}
-    assert published.adapters[POET].aliases == {"latest": bad}
-    assert published.adapters[POET].history == {"latest": (good,)}
+    assert published.aliases == {latest: bad}
+    assert published.history == {latest: (good,)}
     assert shelf.publish(POET, 3) == bad
-    assert shelf.reader.read().desired == {latest: bad}
+    assert shelf.reader.read().quarantined == {}
 
 
 def test_a_version_of_two_names_is_known_until_both_are_gone(shelf: Shelf) -> None:
@@ -136,7 +136,7 @@ def test_a_version_of_two_names_is_known_until_both_are_gone(shelf: Shelf) -> No
     assert shelf.reader.read().facts.keys() == {version}
     shelf.registry.delete(CLERK)
     published = shelf.reader.read()
-    assert published.facts == {} == published.desired == published.adapters
+    assert published.facts == {} == published.aliases == published.adapters
 
 
 def test_what_changed_is_followed_to_what_a_fresh_reader_finds(shelf: Shelf) -> None:
@@ -156,7 +156,7 @@ def test_what_changed_is_followed_to_what_a_fresh_reader_finds(shelf: Shelf) -> 
         fresh = PublishedReader(Registry(shelf.store, shelf.clock)).read()
         assert followed == fresh
         made = Published(followed.generation, followed.adapters, followed.quarantined)
-        assert (followed.desired, followed.facts) == (made.desired, made.facts)
+        assert followed.facts == made.facts
         assert list(followed.adapters) == sorted(followed.adapters)
 
 
