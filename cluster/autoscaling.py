@@ -3,7 +3,7 @@
 Each signal names a number of replicas, and the largest wins. What is a sum over the cluster (work that waits, room in
 use) is divided among as many replicas as bring each under its target; what is not (misses, waiting for a first token)
 asks for one more at a time. More is granted after seconds; fewer after minutes, one replica at a time, and only if
-those that stay would be well below every target, all of them have reported, and everything wanted lies on two of them.
+those that stay would be well below every target, all of them have reported, and what they hold lies on two of them.
 
 Knows nothing of Serve, which is asked for the number, or of placement, which says when a replica may leave.
 """
@@ -82,7 +82,8 @@ class Autoscaler:
         Args:
             running: replicas that take requests.
             target: what was decided before; more than run while some are starting, fewer while some are leaving.
-            is_prepared: every adapter with demand lies on a second replica.
+            is_prepared: whoever leaves, what it holds lies on another replica. A replica that is still starting after
+                all that run had little to do for the whole delay is given up without it.
         """
         now_s = self._clock()
         if frozenset(running) != self._running:
@@ -98,15 +99,17 @@ class Autoscaler:
         wanted = min(wanted, most)
         self._more_since_s = _since(self._more_since_s, wanted > target, now_s)
         # Whoever is silent may be the busiest of all.
-        all_known = len(fresh) == len(self._running) == target
-        has_spare = all_known and target > least and self._fits(fresh, target - 1)
+        all_known = 0 < len(fresh) == len(self._running) <= target
+        is_starting = len(self._running) < target
+        stay = len(self._running) if is_starting else target - 1
+        has_spare = all_known and max(wanted, least) < target and self._fits(fresh, stay)
         self._fewer_since_s = _since(self._fewer_since_s, has_spare, now_s)
         if target < least or target > most:
             return Scale(min(max(target, least), most), reason="within its bounds")
         if _has_lasted(self._more_since_s, settings.up_delay_s, now_s):
             return Scale(wanted, reason=why)
         if _has_lasted(self._fewer_since_s, settings.down_delay_s, now_s):
-            if not is_prepared:
+            if not (is_prepared or is_starting):  # one that does not run yet leaves nothing behind
                 return Scale(target, wants_fewer=True, reason="until placement is prepared")
             self._fewer_since_s = None  # the next one waits as long again
             return Scale(target - 1, reason="below every target")
