@@ -1,6 +1,6 @@
 """How a plan is made: bounded-load rendezvous hashing with capacity in bank rows and bytes.
 
-A pure function of its inputs. The adapters worth the most per row are admitted, with all their copies, until the banks
+A function of its inputs alone. The adapters worth the most per row are admitted, with all their copies, until the banks
 are full; whoever is held already stays while its replica is not overloaded; newcomers go to the first replica of their
 own ranking with room and little load. Load is bounded, so no replica is left with all the hot adapters, as plain
 rendezvous hashing leaves it (Mirrokni, Thorup, Zadimoghaddam: Consistent Hashing with Bounded Loads, SODA 2018).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from cluster.config import ClusterSettings
@@ -22,6 +23,19 @@ HOLDER_SLACK = 2.0
 INCUMBENT_BOOST = 1.25
 """A placed adapter gives up its rows only to one worth this times as much per row."""
 MOVES_PER_TICK = 4
+
+
+@dataclass(slots=True)
+class Budget:
+    """What plans may still spend. Below 1 but above 0 is enough for one more, which the next refill makes good."""
+
+    loads: float
+    moves: float = MOVES_PER_TICK
+
+    def refill(self, ticks: float, max_loads: int) -> None:
+        """As much as belongs to a part of a tick, or to several, and never more than one tick's worth in all."""
+        self.loads = min(max_loads, self.loads + ticks * max_loads)
+        self.moves = min(MOVES_PER_TICK, self.moves + ticks * MOVES_PER_TICK)
 
 
 def copies_wanted(work: float, total_work: float, num_replicas: int, share: float) -> int:
@@ -38,14 +52,18 @@ def place(
     previous: Placement,
     settings: ClusterSettings,
     rankings: Rankings | None = None,
+    budget: Budget | None = None,
 ) -> Placement:
     """The next plan. The order of `wanted` and `replicas` does not matter.
 
-    Promises: a replica's holders never exceed its rows and bytes; who is left out fits nowhere; at most
-    `max_loads_per_tick` copies are newly prefetched; present holders are kept before new ones are chosen.
+    Promises: a replica's holders never exceed its rows and bytes; who is left out fits nowhere; no more copies are
+    newly prefetched or moved than `budget` has, which is lowered by them; present holders are kept before new ones are
+    chosen. Without a budget it has a whole tick's.
     """
     spaces = sorted(replicas, key=lambda space: space.replica_id)
-    return _Plan(spaces, previous, settings, rankings or Rankings()).run(_by_rank(wanted, previous))
+    budget = budget or Budget(settings.max_loads_per_tick)
+    plan = _Plan(spaces, previous, settings, rankings or Rankings(), budget)
+    return plan.run(_by_rank(wanted, previous))
 
 
 def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[WantedAdapter]:
@@ -110,6 +128,7 @@ class _Plan:
         previous: Placement,
         settings: ClusterSettings,
         rankings: Rankings,
+        budget: Budget,
     ) -> None:
         self._replicas = {s.replica_id: _Replica(s, settings.pinned_fraction) for s in spaces}
         self._previous = previous
@@ -117,7 +136,7 @@ class _Plan:
         self._rankings = rankings
         self._holders: dict[AdapterVersion, list[str]] = {}
         self._prefetch: set[tuple[AdapterVersion, str]] = set()
-        self._loads_left = settings.max_loads_per_tick
+        self._budget = budget
         self._mean = 0.0
         self._most_left: float = math.inf  # no replica has more rows left
         self._residents: dict[AdapterVersion, list[str]] = {}
@@ -261,20 +280,20 @@ class _Plan:
         pair = (item.version, replica_id)
         if pair in self._prefetch or not self._must_load(item, replica_id):
             return True
-        return self._loads_left > 0
+        return self._budget.loads > 0
 
     def _order_load(self, item: WantedAdapter, replica_id: str) -> None:
         pair = (item.version, replica_id)
         if pair not in self._prefetch and self._must_load(item, replica_id):
             self._prefetch.add(pair)
-            self._loads_left -= 1
+            self._budget.loads -= 1
 
     # Evening out.
 
     def _rebalance(self, items: Mapping[AdapterVersion, WantedAdapter]) -> None:
         """A few moves from the fullest replica to the emptiest, so one that joined gets its part."""
         by_load = sorted(self._replicas.values(), key=lambda replica: replica.replica_id)
-        for _ in range(MOVES_PER_TICK if len(by_load) > 1 else 0):
+        while self._budget.moves > 0 and len(by_load) > 1:
             full = max(by_load, key=lambda replica: replica.load)
             empty = min(by_load, key=lambda replica: replica.load)
             least_gain = (self._settings.load_slack - 1) * self._mean
@@ -292,6 +311,7 @@ class _Plan:
             best = min(movable, key=partial(_distance, half), default=None)
             if best is None or min(best.share, 2 * half - best.share) < least_gain:
                 return
+            self._budget.moves -= 1
             self._drop(best, full)
             self._take(best, empty)
             self._order_load(best, empty.replica_id)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from cluster.config import ClusterSettings
 from cluster.demand import DemandRate, DemandTracker
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
-from cluster.placing import copies_wanted, place
+from cluster.placing import Budget, copies_wanted, place
 from cluster.rendezvous import Rankings
 from cluster.table import AdapterFacts, DemandSample
 from storage.identity import AdapterVersion
@@ -63,6 +63,8 @@ class PlacementPlanner:
         self._placement = Placement()
         self._rates: Mapping[AdapterVersion, float] = {}
         self._rankings = Rankings()
+        self._budget = Budget(settings.max_loads_per_tick)
+        self._refilled_s = clock()
 
     @property
     def placement(self) -> Placement:
@@ -96,7 +98,7 @@ class PlacementPlanner:
     ) -> Placement:
         """The plan from now on: for what is asked for among the versions in `facts`, and for what is `reserved`.
 
-        It may be called as often as anything changes; cooldowns count seconds, not calls.
+        It may be called as often as anything changes; cooldowns, loads and moves are by the second, not by the call.
         """
         spaces, reserved = list(replicas), list(reserved)
         rates = {v: rate for v, rate in self._demand.rates().items() if v in facts}
@@ -116,8 +118,16 @@ class PlacementPlanner:
         for item in reserved:
             wanted[item.version] = self._reserve(item, wanted, facts)
         previous = self._beside_predecessors(reserved)
-        self._placement = place(wanted.values(), spaces, previous, self._settings, self._rankings)
+        self._placement = place(
+            wanted.values(), spaces, previous, self._settings, self._rankings, self._refilled()
+        )
         return self._placement
+
+    def _refilled(self) -> Budget:
+        before_s, self._refilled_s = self._refilled_s, self._clock()
+        ticks = (self._refilled_s - before_s) / self._settings.tick_s
+        self._budget.refill(ticks, self._settings.max_loads_per_tick)
+        return self._budget
 
     def _count_copies(self, rates: Mapping[AdapterVersion, DemandRate], num_replicas: int) -> None:
         """How many holders each version should have from now on."""

@@ -6,12 +6,12 @@ import random
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ClusterSettings
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
-from cluster.placing import HOLDER_SLACK, MOVES_PER_TICK, copies_wanted, place
+from cluster.placing import HOLDER_SLACK, MOVES_PER_TICK, Budget, copies_wanted, place
 from cluster.rendezvous import Rankings, preference, weight
 from storage.identity import AdapterVersion, sha256_hex
 
@@ -120,12 +120,22 @@ def test_the_plan_depends_on_nothing_but_its_inputs(situation, rng: random.Rando
 @given(situations(), st.integers(1, 5))
 def test_new_prefetches_stay_within_the_loads_of_a_tick(situation, limit: int) -> None:
     wanted, live, previous = situation
-    settings = ClusterSettings(max_loads_per_tick=limit)
-    plan = place(wanted, live, previous, settings)
+    few = ClusterSettings(max_loads_per_tick=limit)
+    plan = place(wanted, live, previous, few)
     resident = {(v, space.replica_id) for space in live for v in space.resident}
     assert len(plan.prefetch - previous.prefetch) <= limit
     assert not plan.prefetch & resident
     assert all(replica_id in plan.holders[v] for v, replica_id in plan.prefetch)
+
+
+@settings(max_examples=30)
+@given(st.lists(situations(), min_size=1, max_size=3))
+def test_a_budget_refilled_by_whole_ticks_changes_no_plan(several) -> None:
+    budget = Budget(SETTINGS.max_loads_per_tick)
+    for wanted, live, previous in several:
+        budget.refill(1.0 - 1e-12, SETTINGS.max_loads_per_tick)
+        plan = place(wanted, live, previous, SETTINGS, budget=budget)
+        assert plan == place(wanted, live, previous, SETTINGS)
 
 
 @given(situations(), st.integers(0, 400))
