@@ -150,8 +150,12 @@ class PlacementActor:
             try:
                 registry = registry or Registry(open_store(self._spec.storage))
                 reader = reader or PublishedReader(registry)
-                self._examine(registry)
                 published = reader.read()
+                self._registry_error = None
+                if published is not last:
+                    self._take(published)
+                    last = published
+                self._examine(registry)
             except FloraError as error:
                 self._registry_error = error.message
                 _log.warning("the registry cannot be read: %s", error.message)
@@ -159,27 +163,27 @@ class PlacementActor:
                 # This thread must outlive anything a store may raise; the table stays as it is.
                 self._registry_error = type(error).__name__
                 _log.exception("the registry cannot be read")
-            else:
-                self._registry_error = None
-                if published is not last:
-                    self._take(published)
-                    last = published
             self._news.wait(self._settings.registry_poll_s)
             self._news.clear()
 
     def _examine(self, registry: Registry) -> None:
-        """Read again what replicas called corrupt: quarantine it for everybody, or hold it against them alone."""
+        """Read again what replicas called corrupt: quarantine it for everybody, or hold it against them alone.
+
+        One version only, which may be large: what is published meanwhile should not wait for more.
+        """
         with self._lock:
             suspects = self._manager.suspects()
-        for suspect in suspects:
-            _log.error("version %s was called corrupt: %s", suspect.version, suspect.message)
-            try:
-                is_bad = registry.quarantine(suspect.version, suspect.message)
-            except UnknownModelError:  # deleted since
-                continue
-            if not is_bad:
-                with self._lock:
-                    self._manager.acquit(suspect.version)
+        if not suspects:
+            return
+        suspect = suspects[0]
+        _log.error("version %s was called corrupt: %s", suspect.version, suspect.message)
+        try:
+            is_bad = registry.quarantine(suspect.version, suspect.message)
+        except UnknownModelError:  # deleted since
+            is_bad = False
+        if not is_bad:
+            with self._lock:
+                self._manager.acquit(suspect.version)
 
     def _take(self, published: Published) -> None:
         # Made of tens of thousands of entries: not while everybody waits.
