@@ -39,6 +39,8 @@ from storage.identity import AdapterVersion
 
 SHRINK_LEASE_S = 10.0
 """How long second copies are kept after the last word that a replica may have to go."""
+SHRINK_WAIT_S = 120.0
+"""After so long a replica may go though second copies are missing, as where disks are too small for them."""
 
 
 class PlacementManager:
@@ -76,7 +78,7 @@ class PlacementManager:
 
         self._demand: list[Mapping[AdapterVersion, DemandSample]] = []
         self._inherited: list[tuple[Flip, float]] = []
-        self._shrinks_until_s = clock()
+        self._shrinks_since_s = self._shrinks_until_s = clock()
         self._near: Mapping[str, tuple[AdapterVersion, ...]] | None = None
         self.wants_tick = False
         """Something happened that the plan should follow at once."""
@@ -115,7 +117,10 @@ class PlacementManager:
 
         They are nobody's home from this moment on. One that is no longer named is a replica like any other.
         """
-        self._bury(self._replicas.leave(replica_ids))
+        gone = self._replicas.leave(replica_ids)
+        if gone:
+            self._shrinks_since_s = self._clock()
+        self._bury(gone)
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
         """Take one router's report of what it was asked for since its last one."""
@@ -146,19 +151,23 @@ class PlacementManager:
         self._health.acquit(version)
 
     def prepare_to_shrink(self) -> None:
-        """A replica may have to go: for some seconds from now, have a second copy of all that is wanted made."""
+        """A replica may have to go: for some seconds from now, have a second copy of all that has holders made."""
         now_s = self._clock()
         if now_s >= self._shrinks_until_s:
-            self.wants_tick = True
+            self._shrinks_since_s, self.wants_tick = now_s, True
         self._shrinks_until_s = now_s + max(SHRINK_LEASE_S, 3 * self._settings.tick_s)
 
     # What the world may ask.
 
     @property
     def is_ready_to_shrink(self) -> bool:
-        """Since it was asked for, everything wanted was seen on two replicas, whatever tier it is on."""
-        is_asked = self._clock() < self._shrinks_until_s
-        return is_asked and self._near == {} and len(self._replicas) > 1
+        """Since it was asked for, everything that has holders was seen on two replicas, whatever tier it is on, or
+        could not be brought there in `SHRINK_WAIT_S`.
+        """
+        now_s = self._clock()
+        if now_s >= self._shrinks_until_s or len(self._replicas) < 2:
+            return False
+        return self._near == {} or now_s - self._shrinks_since_s >= SHRINK_WAIT_S
 
     def suspects(self) -> tuple[FailedVersion, ...]:
         """Versions that replicas called corrupt and that nobody has read again since: quarantine or `acquit` them."""
@@ -309,7 +318,7 @@ class PlacementManager:
             is_aimed: nothing but the health of versions may have changed where they should.
             loaded: nothing else may have changed when they can: these versions are on a device where they were not.
         """
-        word, bad = self._word, self._health.bad(self._replicas.residents)
+        word, bad = self._word, self._health.bad(self._replicas.residents, list(self._replicas))
         if bad != self._bad or not is_aimed:
             self._bad, loaded = bad, None
             is_good = self._promotion().is_good

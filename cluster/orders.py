@@ -26,7 +26,7 @@ def orders_for(
 
     Args:
         spare_rows: left out of what is pinned, for the largest adapter anybody may ask this replica for.
-        kept: pinned before all others, for an administrator wants them held.
+        kept: pinned before all others and whoever may ask for what, for an administrator wants them held.
         bad, retired: not to be held, whatever the plan says, which may be older.
         near: to be fetched to its disk at least.
     """
@@ -37,10 +37,11 @@ def orders_for(
         if version in facts and version not in bad and version not in retired
         if version in device or (version, replica_id) in plan.prefetch
     ]
-    left = replica.report.rows - spare_rows
+    left = replica.report.rows
     pinned = set()
     for version in sorted(wanted, key=lambda version: version not in kept):
-        if facts[version].rows <= left:
+        spared = 0 if version in kept else spare_rows
+        if facts[version].rows <= left - spared:
             left -= facts[version].rows
             pinned.add(version)
     return ReplicaOrders(

@@ -43,5 +43,7 @@ def make_plan(planner: PlacementPlanner, inputs: TickInputs) -> TickResult:
     placement = planner.plan(inputs.spaces, inputs.facts, inputs.reserved)
     if inputs.kept is None:
         return TickResult(placement, None)
-    wanted = {*placement.holders, *placement.no_room} - inputs.bad.keys()
-    return TickResult(placement, missing_copies(wanted, inputs.kept))
+    # What has no holder now has none to lose, and there may be more of it than any disk holds.
+    wanted = placement.holders.keys() - inputs.bad.keys()
+    unfit = {space.replica_id: space.unfit for space in inputs.spaces}
+    return TickResult(placement, missing_copies(wanted, inputs.kept, unfit))

@@ -2,7 +2,8 @@
 
 A version the registry has quarantined is bad everywhere. One that a replica could not load is bad while no replica has
 it on its device; as long as one does, the fault is that of the replica which failed, and the version is only planned
-elsewhere. A report of corrupt bytes is a suspicion until a second reader has looked: see `suspects`.
+elsewhere. A report of corrupt bytes is a suspicion until a second reader has looked: see `suspects`. If that one finds
+them whole, the version is not bad as long as some replica is left that may load it.
 """
 
 from __future__ import annotations
@@ -64,14 +65,17 @@ class VersionHealth:
             and (told := [one for replica_id, one in by.items() if self._is_open(one, replica_id)])
         )
 
-    def bad(self, residents: Collection[AdapterVersion]) -> dict[AdapterVersion, str]:
-        """Versions no alias should serve, and why. `residents` are on some device."""
-        bad = {
-            version: _text(told[0])
-            for version, by in self._failures.items()
-            if version not in residents
-            and (told := [one for r, one in by.items() if (version, r) not in self._acquitted])
-        }
+    def bad(
+        self, residents: Collection[AdapterVersion], live: Collection[str]
+    ) -> dict[AdapterVersion, str]:
+        """Versions no alias should serve, and why. `residents` are on some device; `live` are all replicas."""
+        bad = {}
+        for version, by in self._failures.items():
+            if version in residents:
+                continue
+            told = [one for replica_id, one in by.items() if not self._is_excused(one, replica_id)]
+            if told or by.keys() >= set(live):
+                bad[version] = _text(next(iter(told or by.values())))
         return {**bad, **self._quarantined}
 
     def failed_on(self) -> dict[AdapterVersion, dict[str, str]]:
@@ -86,8 +90,11 @@ class VersionHealth:
         return frozenset(version for version, by in self._failures.items() if replica_id in by)
 
     def _is_open(self, one: FailedVersion, replica_id: str) -> bool:
+        return one.code == AdapterCorruptError.code and not self._is_excused(one, replica_id)
+
+    def _is_excused(self, one: FailedVersion, replica_id: str) -> bool:
         is_corrupt = one.code == AdapterCorruptError.code
-        return is_corrupt and (one.version, replica_id) not in self._acquitted
+        return is_corrupt and (one.version, replica_id) in self._acquitted
 
     def _forget(self, version: AdapterVersion, replica_id: str) -> None:
         self._acquitted.discard((version, replica_id))

@@ -52,7 +52,7 @@ class ManagerLink:
 
     @property
     def is_prepared(self) -> bool:
-        """Every adapter with demand lies on two replicas: so it was said a moment ago."""
+        """Whoever leaves, what it holds lies on another replica: so it was said a moment ago."""
         return self._clock() - self._yes_s <= ANSWER_VALID_S
 
     def prepare(self) -> None:

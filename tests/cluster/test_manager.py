@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cluster.manager import SHRINK_WAIT_S
 from cluster.table import AdapterFacts, ReaderReport, ReplicaLoad
-from tests.cluster.manager_world import KEY, Cluster, facts, report, version
+from tests.cluster.manager_world import KEY, Cluster, facts, refused, report, version
 
 
 @pytest.fixture
@@ -154,6 +155,15 @@ def test_a_pinned_adapter_is_held_as_often_as_asked_though_nobody_asks_for_it() 
     assert cluster.publish({KEY: 1}, facts(1)).holders == {}
 
 
+def test_a_pin_stays_though_somebody_published_an_adapter_as_large_as_the_bank() -> None:
+    cluster = Cluster("a")
+    large = ("other", "large", "latest")
+    cluster.publish({KEY: 1, large: 2}, {**facts(1), **facts(2, rows=16)}, pins={KEY: 1})
+    cluster.beat(times=2)
+    orders = cluster.manager.heartbeat(cluster.replicas["a"].report("a"))
+    assert orders is not None and orders.pinned == {version(1)}
+
+
 def test_a_pin_comes_before_demand_and_follows_the_alias_to_its_new_version() -> None:
     cluster = Cluster("a")
     other = ("default", "clerk", "latest")
@@ -194,6 +204,53 @@ def test_before_a_replica_may_leave_everything_wanted_is_on_two() -> None:
         assert len(kept) >= 2
     cluster.beat(times=60)
     assert not cluster.manager.is_ready_to_shrink, "the lease is over"
+
+
+def test_what_no_bank_has_room_for_keeps_no_replica_from_leaving() -> None:
+    cluster = Cluster("a", "b")
+    names = {("default", f"n{i}", "latest"): i for i in range(12)}
+    cluster.publish(names, facts(*range(12)))
+    for index in range(12):
+        cluster.ask(index, work=1.0)
+    held = cluster.tick().holders
+    assert len(held) < 12 and cluster.manager.placement.no_room
+    cluster.manager.prepare_to_shrink()
+    cluster.beat(times=4)
+    cluster.tick()
+    assert cluster.manager.is_ready_to_shrink
+    for one in cluster.replicas.values():
+        assert one.disk <= held.keys()
+
+
+def test_no_second_copy_is_asked_of_a_replica_that_cannot_load_it() -> None:
+    cluster = Cluster("a", "b")
+    cluster.replicas["b"].failed[version(1)] = refused(1)
+    cluster.replicas["a"].ask(version(1))
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1)
+    cluster.tick()
+    cluster.beat()
+    cluster.manager.prepare_to_shrink()
+    cluster.tick()
+    assert cluster.manager.is_ready_to_shrink
+
+
+def test_a_replica_leaves_in_the_end_though_a_second_copy_is_never_made(cluster: Cluster) -> None:
+    cluster.publish({KEY: 1}, facts(1))
+    cluster.ask(1)
+    cluster.tick()
+    for replica in cluster.replicas.values():
+        replica.obeys = False
+    for _ in range(int(SHRINK_WAIT_S)):
+        cluster.manager.prepare_to_shrink()
+        assert not cluster.manager.is_ready_to_shrink
+        cluster.beat(seconds=1.0)
+        cluster.tick()
+    cluster.manager.prepare_to_shrink()
+    assert cluster.manager.is_ready_to_shrink
+    cluster.add("c")
+    cluster.manager.leave(["b"])
+    assert not cluster.manager.is_ready_to_shrink, "the next one waits as long again"
 
 
 def test_the_last_replica_is_never_ready_to_leave() -> None:

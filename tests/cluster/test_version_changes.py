@@ -313,8 +313,26 @@ def test_corrupt_bytes_are_a_suspicion_until_somebody_else_has_looked(cluster: C
     manager.acquit(version(2))  # its stored bytes are good: whoever read them was wrong
     assert manager.suspects() == ()
     cluster.beat()
-    assert manager.suspects() == () and manager.state().failed == {}
+    assert manager.suspects() == ()
     assert manager.state().failed_on[version(2)].keys() == {"a", "b"}
+
+
+def test_what_every_replica_calls_corrupt_is_not_served_though_its_stored_bytes_are_whole(
+    cluster: Cluster,
+) -> None:
+    for replica in cluster.replicas.values():
+        replica.broken[version(2)] = corrupt(2)
+    cluster.publish({KEY: 2}, facts(1, 2), history={KEY: [1]})
+    cluster.beat(times=2)
+    cluster.manager.acquit(version(2))
+    for _ in range(4):
+        cluster.beat()
+        assert cluster.tick().serving == {KEY: version(1)}
+    assert why(cluster) == "failed: adapter_corrupt: a file has other bytes"
+    cluster.replicas["a"].failed.clear()  # it tries again, and it goes well
+    cluster.replicas["a"].broken.clear()
+    cluster.beat(times=3)
+    assert cluster.tick().serving == {KEY: version(2)}
 
 
 def test_a_version_published_again_whole_is_served_though_replicas_called_it_corrupt_until_then(
