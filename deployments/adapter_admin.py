@@ -65,6 +65,11 @@ class AdapterAdmin:
             Whatever `publish_adapter` raises.
         """
         self._check_name(name)
+        return self._publish(name, files, alias, source)
+
+    def _publish(
+        self, name: AdapterName, files: Mapping[str, bytes], alias: str | None, source: str
+    ) -> Manifest:
         manifest = publish_adapter(
             self._registry,
             name,
@@ -80,7 +85,7 @@ class AdapterAdmin:
     def register(self, name: AdapterName, location: str, alias: str | None) -> Manifest:
         """Publish the adapter at a directory or S3 prefix. Raises also what `AdapterSources.read` raises."""
         self._check_name(name)
-        return self.publish(name, self._sources.read(location), alias, source="import")
+        return self._publish(name, self._sources.read(location), alias, source="import")
 
     def load(self, name: AdapterName, location: str, *, in_place: bool) -> None:
         """`register` the latest version. Raises AlreadyLoadedError if there is such an adapter, unless `in_place`."""

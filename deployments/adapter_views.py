@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.published import Published, PublishedAdapter
-from cluster.state import ClusterState
+from cluster.state import AliasMove, ClusterState
 from cluster.table import PlacementTable
 from storage.history import newest_good
 from storage.identity import AdapterName, AdapterVersion
@@ -60,7 +60,7 @@ def adapter_details(
         **shown,
         "history": {alias: list(earlier) for alias, earlier in adapter.history.items()},
         "moves": {
-            alias: {"desired": move.desired, "serving": move.serving, "reason": move.reason}
+            alias: move_view(move)
             for (tenant, adapter_name, alias), move in state.moves.items()
             if (tenant, adapter_name) == (name.tenant, name.name)
         },
@@ -76,6 +76,10 @@ def version_view(summary: VersionSummary) -> dict[str, Any]:
         "created": int(summary.created_s),
         "source": summary.source,
     }
+
+
+def move_view(move: AliasMove) -> dict[str, Any]:
+    return {"desired": move.desired, "serving": move.serving, "reason": move.reason}
 
 
 def published_view(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -14,6 +15,7 @@ from cluster.state import ClusterState
 from deployments import adapter_examples as examples
 from deployments.adapter_views import adapter_details, adapter_view, published_view
 from deployments.api import Admin, Api, api_of, caller_of
+from deployments.last_good import LOOK_AGAIN_S
 from deployments.model_list import encode, list_body, page_of
 from deployments.models_api import After, Limit, json_response
 from storage.errors import InvalidRequestError, OverloadedError, UnknownModelError
@@ -30,8 +32,6 @@ Tenant = Annotated[
     str | None,
     Query(description="Whose adapters: the key's tenant, unless an admin names another."),
 ]
-_LOOK_AGAIN_S = 1.0
-"""For a name that is not in the list, the registry is asked no more often than this."""
 
 
 class RegisterRequest(BaseModel):
@@ -98,7 +98,7 @@ async def show_adapter(request: Request, name: str, tenant: Tenant = None) -> di
     models = await api.models.now()
     adapter = models.find(owner, name)
     if adapter is None:
-        models = await api.models.recent(_LOOK_AGAIN_S)
+        models = await api.models.recent(LOOK_AGAIN_S)
         adapter = models.find(owner, name)
     if adapter is None:
         raise UnknownModelError(f"the adapter {name!r} does not exist", param="name")
@@ -116,7 +116,7 @@ async def publish(request: Request, admin: Admin) -> JSONResponse:
         body = await _json_body(request)
         name = AdapterName(admin.acting_for(body.tenant), body.name)
         alias = body.alias
-        manifest = await _change(api, lambda: api.admin.register(name, body.source, alias))
+        manifest = await api.publish(lambda: api.admin.register(name, body.source, alias))
     else:
         with api.uploads.place() as receiver:
             upload = await receiver.receive(request)
@@ -125,8 +125,8 @@ async def publish(request: Request, admin: Admin) -> JSONResponse:
                 raise InvalidRequestError("the field name is missing", param="name")
             name = AdapterName(admin.acting_for(fields.get("tenant")), fields["name"])
             alias = fields.get("alias", DEFAULT_ALIAS)
-            manifest = await _change(
-                api, lambda: api.admin.publish(name, upload.read(), alias, source="upload")
+            manifest = await api.publish(
+                lambda: api.admin.publish(name, upload.read(), alias, source="upload")
             )
     return JSONResponse(published_view(name, manifest, alias, api.base_id), status_code=201)
 
@@ -219,14 +219,16 @@ async def _state(api: Api) -> ClusterState:
 
 
 async def _json_body(request: Request) -> RegisterRequest:
+    """As FastAPI reads the bodies of other routes, with the same answer to what is wrong."""
     try:
-        return RegisterRequest.model_validate_json(await request.body())
+        body = await request.json()
+    except (ValueError, RecursionError):
+        raise InvalidRequestError("the request body is not valid JSON") from None
+    try:
+        return RegisterRequest.model_validate(body)
     except ValidationError as error:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"]) or None
-        raise InvalidRequestError(
-            f"{param or 'the request body'}: {first['msg']}", param=param
-        ) from None
+        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(errors, body=body) from None
 
 
 def _alias_view(name: AdapterName, alias: str, record: AliasRecord) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Annotated
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
@@ -22,10 +24,16 @@ from deployments.model_names import ModelNames
 from deployments.text import TextCodec
 from deployments.upload import Uploads
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """Parts of one ingress. `cluster_state` asks the placement manager, and raises our errors."""
+    """Parts of one ingress. `cluster_state` asks the placement manager, and raises our errors.
+
+    Text and tokens have threads of their own, so that nothing that waits for a store holds answers up. Adapters are
+    published by one, for an adapter being published lies in memory whole.
+    """
 
     base_id: str
     created_s: int  # when this ingress started, seconds since 1970
@@ -41,6 +49,22 @@ class Api:
     uploads: Uploads
     cluster_state: Callable[[], Awaitable[ClusterState]]
     metrics: Metrics
+    text_threads: Executor = field(
+        default_factory=lambda: ThreadPoolExecutor(thread_name_prefix="text")
+    )
+    publishing_thread: Executor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publishing")
+    )
+
+    async def on_text(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.text_threads, work)
+
+    async def publish(self, work: Callable[[], Result]) -> Result:
+        """Do what reads an adapter and publishes it, after whatever else is being published."""
+        loop = asyncio.get_running_loop()
+        result = await loop.run_in_executor(self.publishing_thread, work)
+        self.names.forget()
+        return result
 
 
 def api_of(request: Request) -> Api:

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 from cluster.keys import TOKEN_PREFIX, ApiKey, KeyRing
 from deployments.errors import AdminOnlyError, NoKeyError, WrongKeyError
-from deployments.last_good import LastGood
+from deployments.last_good import LOOK_AGAIN_S, LastGood
 from storage.identity import DEFAULT_TENANT, checked_name
-
-_LOOK_AGAIN_S = 1.0
-"""However many wrong keys come, the store is asked no more often than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +75,4 @@ class Doorkeeper:
         key = (await self._keys.now()).find(token)
         if key is not None or not KeyRing.is_token(token):
             return key
-        return (await self._keys.recent(_LOOK_AGAIN_S)).find(token)
+        return (await self._keys.recent(LOOK_AGAIN_S)).find(token)

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from cluster.state import ClusterState
 from cluster.table import ReplicaReport
+from deployments.adapter_views import move_view
 from deployments.api import Admin, api_of
 from deployments.model_list import encode
 from deployments.models_api import Limit, json_response
@@ -54,14 +55,7 @@ def cluster_view(state: ClusterState) -> dict[str, Any]:
             for (tenant, name, alias), version in sorted(state.table.serving.items())
         ],
         "moves": [
-            {
-                "tenant": tenant,
-                "name": name,
-                "alias": alias,
-                "desired": move.desired,
-                "serving": move.serving,
-                "reason": move.reason,
-            }
+            {"tenant": tenant, "name": name, "alias": alias, **move_view(move)}
             for (tenant, name, alias), move in sorted(state.moves.items())
         ],
         "holders": {version: list(ids) for version, ids in state.table.holders.items()},

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from deployments.answer_text import Delta
-from deployments.api import Api, caller_of, new_request_id
+from deployments.api import Api, api_of, caller_of, new_request_id
 from deployments.errors import http_error
 from deployments.event_stream import EventStreamResponse, merged
 from deployments.generation import Generation
@@ -35,18 +35,18 @@ Result = TypeVar("Result")
 @router.post("/v1/completions")
 async def complete(request: Request, body: CompletionRequest) -> Response:
     """Continue each prompt; a list of prompts has `n` choices for each, in their order."""
-    api: Api = request.app.state.api
+    api = api_of(request)
     limit = body.token_limit()
-    prompts = await asyncio.to_thread(_read_all, api, body.prompts(), body.echoes_prompt)
+    prompts = await api.on_text(lambda: _read_all(api, body.prompts(), body.echoes_prompt))
     return await _answer(request, body, "completion", prompts, limit)
 
 
 @router.post("/v1/chat/completions")
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, in the model's own chat template."""
-    api: Api = request.app.state.api
+    api = api_of(request)
     messages = [message.as_template_input() for message in body.messages]
-    prompt = await asyncio.to_thread(api.codec.encode_chat, messages)
+    prompt = await api.on_text(lambda: api.codec.encode_chat(messages))
     limit = body.token_limit() or max(1, api.codec.context_tokens - len(prompt))
     return await _answer(request, body, "chat", [_Prompt(prompt)], limit)
 
@@ -101,7 +101,7 @@ async def _answer(
     prompts: Sequence[_Prompt],
     max_tokens: int,
 ) -> Response:
-    api: Api = request.app.state.api
+    api = api_of(request)
     answers = _Answers(
         await _generations(api, request, body, prompts, max_tokens), body.num_answers
     )

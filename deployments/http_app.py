@@ -34,8 +34,11 @@ from storage.errors import FloraError, InvalidRequestError, UnsupportedFieldErro
 _MAX_REQUEST_ID = 128
 _OPEN_TO_ALL = frozenset({"/health", "/version", "/docs", "/openapi.json"})
 """What tells nothing of anybody: probes of a load balancer have no key."""
-_MAX_BODY_BYTES = 32 << 20
-"""Of a request that is read into memory; uploads of adapters have a bound of their own."""
+_MAX_BODY_BYTES = 4 << 20
+"""Of a request that is read into memory: 2^19 tokens as six digits, a comma and a space; or four million letters.
+
+It is parsed and validated in the event loop. Uploads of adapters have a bound of their own.
+"""
 
 _log = logging.getLogger(__name__)
 

@@ -8,11 +8,15 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from storage.errors import FloraError
 
 Reading = TypeVar("Reading")
+
+LOOK_AGAIN_S = 1.0
+"""However often something is asked for that is not there, it is looked for anew no more often than this."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +44,11 @@ class LastGood(Generic[Reading]):
         self._tried_s = -math.inf
         self._last: Reading | None = None
         self._begun = 0
-        self._good = 0  # the number of the last reading that succeeded
+        self._ended = 0  # the number of the last reading that ended
+        self._failure: Exception | None = None  # how it ended, if not well
         self._turn = threading.Lock()
+        # Who waits for a reading must not hold a thread that others need.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._stopped = threading.Event()
 
     @property
@@ -56,7 +63,8 @@ class LastGood(Generic[Reading]):
 
     async def fresh(self) -> Reading:
         """What a reading that begins now finds. Raises what it raises; the last good one stands."""
-        return await asyncio.to_thread(self.refresh)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._read_after, self._begun)
 
     async def recent(self, age_s: float) -> Reading:
         """What was read, or tried in vain, at most `age_s` ago; else what a reading now finds, as `fresh`."""
@@ -66,15 +74,28 @@ class LastGood(Generic[Reading]):
         return await self.fresh()
 
     def refresh(self) -> Reading:
-        """`fresh` for threads. Callers that wait for their turn together share one reading."""
-        begun = self._begun
+        """`fresh` for threads. Callers that wait for their turn together share one reading, also one that fails."""
+        return self._read_after(self._begun)
+
+    def _read_after(self, begun: int) -> Reading:
+        """What a reading finds that begins after that one."""
         with self._turn:
-            if self._good > begun and self._last is not None:
-                return self._last
+            if self._ended > begun:
+                if self._failure is not None:
+                    raise self._failure
+                if self._last is not None:
+                    return self._last
             self._begun += 1
+            self._failure = None
             self._tried_s = self._clock()
-            self._last = last = self._read()
-            self._good = self._begun
+            try:
+                self._last = last = self._read()
+            except Exception as error:
+                self._failure = error
+                self._tried_s = self._clock()  # it may have waited long, and would again
+                raise
+            finally:
+                self._ended = self._begun
             return last
 
     def follow(self) -> None:

@@ -52,8 +52,7 @@ async def load(request: Request, admin: Admin, body: LoadRequest) -> str:
         raise InvalidRequestError("Both 'lora_name' and 'lora_path' must be provided.")
     api = api_of(request)
     name = AdapterName(admin.tenant, body.lora_name)
-    await asyncio.to_thread(api.admin.load, name, body.lora_path, in_place=body.load_inplace)
-    api.names.forget()
+    await api.publish(lambda: api.admin.load(name, body.lora_path, in_place=body.load_inplace))
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 

@@ -8,9 +8,15 @@ from __future__ import annotations
 import re
 import secrets
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from deployments.neutral_fields import without_neutral_fields
 from storage.errors import InvalidRequestError
@@ -23,9 +29,17 @@ _MAX_STOP_TOKENS = 1024
 _MAX_BIASES = 1024
 _MAX_PROMPTS = 128
 _MAX_ANSWERS = 16
+_MAX_TOKENS = 1 << 19
 MAX_CHOICES = 128
 """Of one response: its prompts times `n`."""
+_MAX_MESSAGES = 2048
+_MAX_PARTS = 32
+_MAX_FIELDS = 64
 _TOKEN_ID = re.compile("[0-9]{1,10}")
+
+# A long list is refused at its first wrong item: bodies are validated in the event loop.
+_Tokens = Annotated[list[int], Field(fail_fast=True, max_length=_MAX_TOKENS)]
+_Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
 def _shown_as(**example: Any) -> ConfigDict:
@@ -35,9 +49,20 @@ def _shown_as(**example: Any) -> ConfigDict:
     )
 
 
-class StreamOptions(BaseModel):
+class _SmallBody(BaseModel):
+    """Unknown fields are refused one by one, but not thousands of them."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, body: Any) -> Any:
+        if isinstance(body, dict) and len(body) > _MAX_FIELDS:
+            raise InvalidRequestError(f"an object has more than {_MAX_FIELDS} fields")
+        return body
+
+
+class StreamOptions(_SmallBody):
     include_usage: bool | None = None
 
 
@@ -57,10 +82,12 @@ class GenerationRequest(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(default=None, max_length=_MAX_BIASES)
+    logit_bias: dict[str, float] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = Field(default=None, max_length=_MAX_STOP_TOKENS)
+    stop: str | _Texts | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        default=None, max_length=_MAX_STOP_TOKENS
+    )
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -70,6 +97,15 @@ class GenerationRequest(BaseModel):
     @classmethod
     def _refuse_what_is_not_supported(cls, body: Any) -> Any:
         return without_neutral_fields(body, cls.model_fields) if isinstance(body, dict) else body
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _has_few_biases(cls, biases: Any) -> Any:
+        if isinstance(biases, dict) and len(biases) > _MAX_BIASES:
+            raise InvalidRequestError(
+                f"logit_bias takes up to {_MAX_BIASES} tokens", param="logit_bias"
+            )
+        return biases
 
     @property
     def wants_usage_chunk(self) -> bool:
@@ -142,10 +178,22 @@ class CompletionRequest(GenerationRequest):
 
     model_config = _shown_as(model="captain", prompt="How do I learn to swim?", max_tokens=64)
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | _Texts | _Tokens | Annotated[list[_Tokens], Field(fail_fast=True)]
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _is_not_too_long(cls, prompt: Any) -> Any:
+        if not isinstance(prompt, list) or not prompt:
+            return prompt
+        most, what = (
+            (_MAX_TOKENS, "tokens") if isinstance(prompt[0], int) else (_MAX_PROMPTS, "prompts")
+        )
+        if len(prompt) > most:
+            raise InvalidRequestError(f"prompt takes up to {most} {what}", param="prompt")
+        return prompt
 
     @property
     def num_logprobs(self) -> int | None:
@@ -165,22 +213,17 @@ class CompletionRequest(GenerationRequest):
         return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def prompts(self) -> list[str] | list[list[int]]:
-        """One entry for each prompt. Raises InvalidRequestError when there is none, or an empty one."""
+        """One entry for each prompt. Raises InvalidRequestError when there is none, or one without tokens."""
         prompt = self.prompt
         prompts: Any = prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
             prompts = [prompt]
-        if not 1 <= len(prompts) <= _MAX_PROMPTS or [] in prompts:
-            raise InvalidRequestError(
-                f"prompt takes 1 to {_MAX_PROMPTS} prompts, each of at least one token",
-                param="prompt",
-            )
+        if not prompts or [] in prompts:
+            raise InvalidRequestError("a prompt has at least one token", param="prompt")
         return list(prompts)
 
 
-class ContentPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class ContentPart(_SmallBody):
     type: Literal["text"]
     text: str
 
@@ -191,7 +234,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=_MAX_PARTS)]
 
     @model_validator(mode="before")
     @classmethod
@@ -206,6 +249,11 @@ class ChatMessage(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+_Messages = Annotated[
+    list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=_MAX_MESSAGES)
+]
+
+
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
@@ -216,7 +264,7 @@ class ChatRequest(GenerationRequest):
         stream=True,
     )
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: _Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -247,21 +295,21 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_SmallBody):
     """POST /tokenize: a text, or a conversation in the model's template."""
 
     model_config = _shown_as(prompt="How do I learn to swim?")
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: _Messages | None = None
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_SmallBody):
     """POST /detokenize."""
 
     model_config = _shown_as(tokens=[2020, 536, 339])
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _Tokens

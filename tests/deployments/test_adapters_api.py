@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,10 @@ import boto3
 import httpx
 import pytest
 
+from deployments import adapter_admin
+from deployments.adapter_sources import AdapterSources
 from deployments.settings import Settings
+from deployments.upload import Upload
 from storage.adapter_directory import write_directory
 from storage.errors import AdapterCorruptError
 from storage.identity import AdapterName, AdapterVersion
@@ -342,13 +348,69 @@ def test_any_other_place_is_refused_and_an_empty_one_is_told(office: Office) -> 
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [({"name": "x"}, "source"), ({"source": "s3://a/b"}, "name"), ({"colour": 1}, "name")],
+    [({"name": "x"}, "source"), ({"source": "s3://a/b"}, "name")],
 )
 def test_a_registration_without_its_fields_is_refused(
     office: Office, body: dict[str, Any], param: str
 ) -> None:
     refused = office.call("POST", "/v1/adapters", json=body)
     assert (refused.status_code, error_of(refused)["param"]) == (400, param)
+
+
+def test_a_registration_that_is_wrong_is_told_as_other_bodies_are(office: Office) -> None:
+    def code_and_param(response: httpx.Response) -> tuple[int, str, str | None]:
+        error = error_of(response)
+        return response.status_code, error["code"], error["param"]
+
+    unknown = register(office, "x", "s3://a/b", colour=1)
+    assert code_and_param(unknown) == (400, "unsupported_field", "colour")
+    as_json = {"content-type": "application/json"}
+    for broken in (b"{not json", b"\xff", b"[" * 100_000):
+        answer = office.call("POST", "/v1/adapters", content=broken, headers=as_json)
+        assert code_and_param(answer) == (400, "invalid_value", None), broken[:9]
+    no_object = office.call("POST", "/v1/adapters", json=[1])
+    assert code_and_param(no_object) == (400, "invalid_value", None)
+
+
+def test_one_adapter_is_in_memory_at_a_time_however_it_comes(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside: list[str] = []
+    most_inside = 0
+    together = threading.Barrier(2)
+    publish = adapter_admin.publish_adapter
+
+    def noted(read: Callable[..., Any]) -> Callable[..., Any]:
+        def reading(*args: Any) -> Any:
+            nonlocal most_inside
+            inside.append("one")
+            most_inside = max(most_inside, len(inside))
+            with suppress(threading.BrokenBarrierError):
+                together.wait(0.2)  # for somebody else, who must not come
+            return read(*args)
+
+        return reading
+
+    def published(*args: Any, **options: Any) -> Any:
+        try:
+            return publish(*args, **options)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(AdapterSources, "read", noted(AdapterSources.read))
+    monkeypatch.setattr(Upload, "read", noted(Upload.read))
+    monkeypatch.setattr(adapter_admin, "publish_adapter", published)
+    source = put(office, "models/one-by-one", office.files(50))
+    body = {"lora_name": "third", "lora_path": source}
+    with ThreadPoolExecutor(4) as pool:
+        answers = [
+            pool.submit(office.upload, "first", office.files(51)),
+            pool.submit(register, office, "second", source),
+            pool.submit(office.call, "POST", "/v1/load_lora_adapter", json=body),
+            pool.submit(office.upload, "fourth", office.files(52)),
+        ]
+    assert [each.result().is_success for each in answers] == [True] * 4
+    assert most_inside == 1
 
 
 def test_lists_are_complete_and_paged(office: Office) -> None:

@@ -58,16 +58,63 @@ def test_who_waits_for_a_fresh_reading_shares_it_and_never_gets_one_that_began_b
     last = LastGood(source.read, 60.0, "test")
     source.may_answer.clear()
     results: list[int] = []
-    threads = [threading.Thread(target=lambda: results.append(last.refresh())) for _ in range(8)]
-    threads[0].start()
-    until(lambda: source.count == 1)
-    for thread in threads[1:]:
-        thread.start()
-    threading.Event().wait(0.1)  # until they wait their turn
-    source.may_answer.set()
-    for thread in threads:
-        thread.join()
+
+    async def ask() -> None:
+        results.append(await last.fresh())
+
+    async def ask_all() -> None:
+        first = asyncio.create_task(ask())
+        while not source.count:
+            await asyncio.sleep(0.005)
+        others = [asyncio.create_task(ask()) for _ in range(7)]
+        await asyncio.sleep(0)  # now all of them have asked
+        source.may_answer.set()
+        await asyncio.gather(first, *others)
+
+    asyncio.run(ask_all())
     assert sorted(results) == [1, 2, 2, 2, 2, 2, 2, 2]
+
+
+def test_who_waits_together_shares_a_failure_and_holds_no_thread_that_others_need() -> None:
+    source = Source()
+    last = LastGood(source.read, 60.0, "test")
+    source.is_away = True
+    source.may_answer.clear()
+
+    async def ask_all() -> list[int | BaseException]:
+        first = asyncio.create_task(last.fresh())
+        while not source.count:
+            await asyncio.sleep(0.005)
+        others = [asyncio.create_task(last.fresh()) for _ in range(64)]
+        # More than the loop's own threads are.
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: 7), 10) == 7
+        source.may_answer.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    results = asyncio.run(ask_all())
+    assert len(results) == 65
+    assert all(isinstance(each, StoreUnavailableError) for each in results)
+    assert source.count == 2
+
+
+def test_a_slow_failure_is_recent_from_its_end() -> None:
+    clock, source = ManualClock(), Source()
+
+    def read() -> int:
+        number = source.read()
+        if number == 2:
+            clock.advance(5.0)
+            raise StoreUnavailableError("away")
+        return number
+
+    last = LastGood(read, 60.0, "test", clock)
+    assert asyncio.run(last.now()) == 1
+    clock.advance(2.0)
+    with pytest.raises(StoreUnavailableError):
+        asyncio.run(last.recent(1.0))
+    assert asyncio.run(last.recent(1.0)) == 1
+    clock.advance(1.5)
+    assert asyncio.run(last.recent(1.0)) == 3
 
 
 def test_what_was_read_last_stands_while_the_source_is_away() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.openai_schema import ChatRequest, CompletionRequest
+from deployments.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
 from storage.errors import InvalidRequestError, UnsupportedFieldError
 from workers.engine.request import SamplingParams
 
@@ -112,6 +112,55 @@ def test_an_empty_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         completion(prompt=prompt).prompts()
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", [None] * 100),
+        ("prompt", [["a"] * 100_000] * 128),
+        ("stop", [1] * 100_000),
+        ("stop_token_ids", ["a"] * 1000),
+        ("messages", [1] * 100_000),
+        ("messages", [{"role": "user", "content": [1] * 100_000}]),
+        ("messages", MESSAGES * 100_000),
+    ],
+)
+def test_a_long_list_is_refused_at_its_first_wrong_item(field: str, value: Any) -> None:
+    """What is wrong with each of a million items takes minutes to say, and nobody is answered meanwhile."""
+    with pytest.raises(ValidationError) as caught:
+        chat(messages=value) if field == "messages" else completion(**{field: value})
+    assert caught.value.error_count() <= 6  # one for each alternative of a union
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ["a"] * 129),
+        ("prompt", [[1]] * 129),
+        ("prompt", [1] * (2**19 + 1)),
+        ("logit_bias", {str(token): "a" for token in range(100_000)}),
+    ],
+)
+def test_what_is_too_long_is_refused_unread(field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**{field: value})
+    assert caught.value.param == field
+
+
+def test_unknown_fields_without_number_are_not_listed() -> None:
+    many = {f"field-{number}": 1 for number in range(100_000)}
+    with pytest.raises(InvalidRequestError):
+        completion(stream_options=many)
+    with pytest.raises(InvalidRequestError):
+        TokenizeRequest.model_validate(many)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[100_000] * 400_000, [[100_000] * 131_072] * 4, "a" * (3 << 20)]
+)
+def test_prompts_as_long_as_any_context_are_taken(prompt: Any) -> None:
+    assert sum(map(len, completion(prompt=prompt).prompts())) >= 400_000
 
 
 def test_sampling_takes_openais_defaults_and_a_seed_of_its_own() -> None:
