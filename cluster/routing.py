@@ -122,6 +122,7 @@ class Routing:
         self._random = (rng or random.Random()).random
         self._replicas: dict[str, _Known] = {}
         self._under_way: dict[str, _UnderWay] = {}
+        self._turned_away: dict[str, None] = {}  # requests to be sent again, in order
         self._rankings = Rankings()
         self._places: dict[AdapterVersion, _Places] = {}
         self._coming: dict[AdapterVersion, tuple[str, float]] = {}
@@ -191,14 +192,22 @@ class Routing:
             self.give_up(next(iter(self._under_way)))
 
     def is_chosen(self, request_id: str) -> bool:
-        """Whether the request is under way to or at a replica."""
-        return request_id in self._under_way
+        """Whether the request was sent to a replica and has not ended."""
+        return request_id in self._under_way or request_id in self._turned_away
 
     def finish(self, request_id: str) -> None:
         """The request has ended where it went."""
         ended = self._leave(request_id)
         if ended is not None:
             self._turn_s += TURN_SHARE * (self._clock() - ended.since_s - self._turn_s)
+
+    def reject(self, request_id: str) -> None:
+        """A replica turned the request away: until it is sent again its work counts nowhere."""
+        if request_id in self._under_way:
+            self.give_up(request_id)
+            self._turned_away[request_id] = None
+            if len(self._turned_away) > MAX_UNDER_WAY:
+                del self._turned_away[next(iter(self._turned_away))]
 
     def give_up(self, request_id: str) -> None:
         """The request was not served where it went: its work does not count there."""
@@ -209,6 +218,7 @@ class Routing:
             known.weigh()
 
     def _leave(self, request_id: str) -> _UnderWay | None:
+        self._turned_away.pop(request_id, None)
         ended = self._under_way.pop(request_id, None)
         if ended is not None:
             self._replicas[ended.replica_id].end(ended.work)

@@ -7,6 +7,7 @@ here is one replica, in our order.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -28,6 +29,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         self._view = shared_view(PlacementSpec.model_validate(spec))
         self._routing = Routing(time.monotonic)
         self._lost = LostReplicas(time.monotonic)
+        self._waiting: dict[asyncio.Future[Any], str] = {}  # for a replica; by attempt
+        self._accepted: dict[str, str] = {}  # the replica that has each attempt
 
     async def choose_replicas(
         self,
@@ -42,7 +45,9 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         version = request.adapters.version if request else None
         order = self._routing.order(version, by_id.keys(), self._view.table)
         order = self._lost.put_last(order, _avoided(pending_request))
-        if pending_request is not None and request is not None and order:
+        is_waiting = pending_request is not None and not pending_request.future.done()
+        if pending_request is not None and is_waiting and request is not None and order:
+            self._watch(pending_request)
             self._choose(pending_request, request, order[0])
         return [[by_id[replica_id]] for replica_id in order]
 
@@ -53,10 +58,15 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         request = _engine_request(pending_request)
         if request is not None:
             self._choose(pending_request, request, replica_id.unique_id)
+            self._accepted[pending_request.metadata.internal_request_id] = replica_id.unique_id
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Serve calls this when a replica's answer has ended, however it did."""
-        self._routing.finish(internal_request_id)
+        """Serve calls this when a replica's answer has ended, however it did, and when a replica has not accepted."""
+        if internal_request_id not in self._accepted:
+            self._routing.reject(internal_request_id)
+        elif self._accepted[internal_request_id] == replica_id.unique_id:
+            del self._accepted[internal_request_id]
+            self._routing.finish(internal_request_id)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """Serve calls this when a call to the replica failed for good, long before its own health check notices."""
@@ -68,6 +78,17 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         """Serve calls this when the replica could not be reached; it may live, so nobody else is told."""
         super().on_replica_actor_unavailable(replica_id)
         self._lost.add(replica_id.unique_id)
+
+    def _watch(self, pending: PendingRequest) -> None:
+        """Serve tells nobody of a request that is cancelled before a replica was found for it."""
+        if pending.future not in self._waiting:
+            self._waiting[pending.future] = pending.metadata.internal_request_id
+            pending.future.add_done_callback(self._stop_waiting)
+
+    def _stop_waiting(self, future: asyncio.Future[Any]) -> None:
+        attempt = self._waiting.pop(future)
+        if future.cancelled():
+            self._routing.give_up(attempt)
 
     def _choose(self, pending: PendingRequest, request: EngineRequest, replica_id: str) -> None:
         attempt, version = pending.metadata.internal_request_id, request.adapters.version

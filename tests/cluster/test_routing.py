@@ -105,6 +105,20 @@ def test_a_request_that_moves_on_leaves_no_work_behind() -> None:
     assert not routing.is_chosen("one")
 
 
+def test_a_request_that_was_turned_away_counts_nowhere_and_is_known_until_it_ends() -> None:
+    clock = ManualClock()
+    routing = Routing(clock)
+    table = PlacementTable(replicas=loads({"a": 0.0, "b": 0.0}))
+    routing.choose("one", "a", 50.0)
+    routing.reject("one")
+    assert routing.order(None, ["a", "b"], table) == ["a", "b"] and routing.is_chosen("one")
+    routing.choose("one", "b", 50.0)
+    routing.finish("one")
+    assert not routing.is_chosen("one")
+    routing.reject("one")
+    assert not routing.is_chosen("one"), "told too late"
+
+
 def full(slots: int = 4, waiting: int = 0) -> ReplicaLoad:
     return ReplicaLoad(num_running=slots, num_waiting=waiting, slots=slots, load_s=0.1)
 

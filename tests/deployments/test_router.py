@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from workers.engine.request import EngineRequest, SamplingParams
 
 DEPLOYMENT = DeploymentID("Engine", "flora")
 ONE = AdapterVersion("1" * 64)
+LOOP = asyncio.new_event_loop()
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Metadata:
 class Pending:
     args: list[Any]
     metadata: Metadata
+    future: asyncio.Future[Any] = field(default_factory=LOOP.create_future)
 
 
 REPLICAS = [Replica(ReplicaID(name, DEPLOYMENT)) for name in ("a", "b", "c")]
@@ -69,7 +71,7 @@ def pending(name: str, *more: Any, version: AdapterVersion | None = ONE) -> Pend
 
 
 def order(router: AdapterRouter, asked: Pending | None) -> list[str]:
-    groups = asyncio.run(router.choose_replicas(REPLICAS, asked))
+    groups = LOOP.run_until_complete(router.choose_replicas(REPLICAS, asked))
     assert all(len(group) == 1 for group in groups)
     return [group[0].replica_id.unique_id for group in groups]
 
@@ -112,6 +114,37 @@ def test_demand_is_counted_once_for_each_attempt(router: AdapterRouter, view: Ta
     router.on_request_routed(asked, ReplicaID("c", DEPLOYMENT), None)
     assert view.take_report().demand[ONE].requests == 1
     router.on_request_completed(ReplicaID("c", DEPLOYMENT), "serve-r")
+
+
+def test_a_request_that_was_rejected_is_one_demand_and_no_lesson_on_time(
+    router: AdapterRouter, view: TableView
+) -> None:
+    asked = pending("r")
+    usual = router._routing._turn_s
+    for _ in range(3):
+        first = order(router, asked)[0]
+        asked.future.set_result(first)
+        router.on_request_completed(ReplicaID(first, DEPLOYMENT), "serve-r")
+        asked.future = LOOP.create_future()  # Serve tries the same request again
+    assert router._routing._turn_s == usual
+    order(router, asked)
+    router.on_request_routed(asked, ReplicaID("c", DEPLOYMENT), None)
+    assert view.take_report().demand[ONE].requests == 1
+    router.on_request_completed(ReplicaID("b", DEPLOYMENT), "serve-r")
+    assert router._routing.is_chosen("serve-r"), "a late word of a rejection ends nothing"
+    router.on_request_completed(ReplicaID("c", DEPLOYMENT), "serve-r")
+    assert not router._routing.is_chosen("serve-r")
+    assert router._routing._turn_s != usual
+
+
+def test_a_request_cancelled_while_it_waits_is_no_longer_under_way(router: AdapterRouter) -> None:
+    asked = pending("r")
+    order(router, asked)
+    order(router, asked)
+    assert router._routing.is_chosen("serve-r")
+    asked.future.cancel()
+    order(router, asked)  # Serve may ask once more before it notices
+    assert not router._routing.is_chosen("serve-r")
 
 
 def test_previews_come_from_the_replica_they_are_of(router: AdapterRouter) -> None:
