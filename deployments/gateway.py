@@ -7,14 +7,14 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from contextvars import Context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 
 from deployments.errors import ReplicaLostError
-from deployments.previews import Previews, PreviewStream
+from deployments.previews import Listener, Previews, PreviewStream
 from storage.errors import FloraError, OverloadedError
 from workers.engine.request import EngineRequest, RequestOutput
 
@@ -75,43 +75,51 @@ class ServeGateway:
     ) -> AsyncGenerator[ReplicaOutputs, None]:
         # In a context of its own, so that Serve gives the call an id of its own: its router finds waiting calls by
         # the id of the HTTP request they belong to, and of several with one id it forgets all but the first.
-        reader = "" if is_whole else self._reader
-        response = Context().run(self._generate.remote, request, avoided, True, reader)
-        with _watched(response) as call:
-            async with aclosing(self._batches(request, response, is_whole)) as batches:
-                async for batch in batches:
+        run = Context().run
+        if is_whole:
+            response = run(self._generate.remote, request, avoided, True, "")
+            with _watched(response) as call:
+                async for batch in response:
                     call.is_over = batch.outputs[-1].finish_reason is not None
                     yield batch
-            call.is_over = True
+                call.is_over = True
+            return
+        # Before the call, for what it begins may be shown before its own first batch is here.
+        with self._previews.listen(request.request_id) as listener:
+            response = run(self._generate.remote, request, avoided, False, self._reader)
+            with _watched(response) as call:
+                async with aclosing(self._read_along(response, listener)) as batches:
+                    async for batch in batches:
+                        call.is_over = batch.outputs[-1].finish_reason is not None
+                        yield batch
+                call.is_over = True
 
-    async def _batches(
-        self, request: EngineRequest, response: Any, is_whole: bool
+    async def _read_along(
+        self, response: Any, listener: Listener
     ) -> AsyncGenerator[ReplicaOutputs, None]:
-        """The two batches of a call; between them, unless it is whole, what previews show of the second one."""
-        first: ReplicaOutputs | None = await anext(response, None)
-        if first is not None:
-            yield first
-        if first is None or first.outputs[-1].finish_reason is not None:
-            return
-        if is_whole:
-            last = await anext(response, None)
-            if last is not None:
-                yield last
-            return
-        listener = self._previews.listen(first.replica_id, request.request_id)
-        call: asyncio.Future[ReplicaOutputs | None] = asyncio.ensure_future(anext(response, None))
-        call.add_done_callback(lambda _: listener.wake())
-        try:
-            while not call.done():
-                outputs = await listener.take()
-                if outputs:
-                    yield replace(first, outputs=outputs)
-            last = call.result()
-            if last is not None:
-                yield replace(last, outputs=last.outputs[listener.num_taken :])
-        finally:
-            call.cancel()
-            self._previews.forget(request.request_id)
+        """Each output once and in order, from the call or from previews, whichever has it first."""
+        while True:
+            call: asyncio.Future[ReplicaOutputs | None]
+            call = asyncio.ensure_future(anext(response, None))
+            call.add_done_callback(lambda _: listener.wake())
+            try:
+                while not call.done():
+                    outputs = await listener.take()
+                    if outputs:
+                        yield ReplicaOutputs(listener.replica_id, outputs)
+            finally:
+                call.cancel()
+            batch = call.result()
+            if batch is None:
+                return
+            is_last = batch.outputs[-1].finish_reason is not None
+            if not is_last:
+                self._previews.read(batch.replica_id, listener)
+            outputs = listener.take_from_call(batch.outputs)
+            if outputs:
+                yield ReplicaOutputs(batch.replica_id, outputs)
+            if is_last:
+                return
 
     async def _previews_of(self, replica_id: str) -> PreviewStream:
         response = self._open_previews.remote(PreviewsOf(replica_id, self._reader))

@@ -69,7 +69,9 @@ class Generation:
                     raise FloraError("the engine gave no answer")
                 self.replica_id = first.replica_id
                 _check_adapters(self.request, first)
-                _raise_refusal(first.outputs[0])
+                # A batch may be several steps: nobody has seen any of them yet.
+                for output in first.outputs:
+                    _raise_refusal(output)
             except EngineLostError as error:
                 self._retry_or_raise(error)
                 continue

@@ -1,15 +1,16 @@
 """Streamed answers on their way: one stream for each ingress and replica, however many requests there are.
 
 A request's own call brings its first outputs and, when it has ended, all the others. What the engine's steps bring
-meanwhile travels here, so that a step is one message for all requests of an ingress. A preview may come late, or not
-at all: the call has everything, and nothing is taken out of order. Knows nothing of Ray.
+meanwhile travels here, so that a step is one message for all requests of an ingress; while nobody reads here, it
+travels with the call. A preview may come late, or not at all: the call has everything, and nothing is taken out of
+order. Knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ AGAIN_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An output of a running request. `index` counts from its first output that its call has not brought yet."""
+    """An output of a running request. `index` counts the request's outputs from 0."""
 
     index: int
     output: RequestOutput
@@ -38,7 +39,7 @@ class PreviewBox:
 
     def __init__(self) -> None:
         self._unread: dict[str, list[Preview]] = {}
-        self._requests: dict[str, int] = {}  # → its next index
+        self._requests: set[str] = set()
         self._arrived = asyncio.Event()
         self._num_readers = 0
 
@@ -46,18 +47,20 @@ class PreviewBox:
     def is_idle(self) -> bool:
         return not self._requests and not self._num_readers
 
-    def open(self, request_id: str) -> None:
-        self._requests[request_id] = 0
+    @property
+    def is_read(self) -> bool:
+        return self._num_readers > 0
 
-    def put(self, output: RequestOutput) -> None:
-        index = self._requests[output.request_id]
-        self._requests[output.request_id] += 1
-        self._unread.setdefault(output.request_id, []).append(Preview(index, output))
+    def open(self, request_id: str) -> None:
+        self._requests.add(request_id)
+
+    def put(self, preview: Preview) -> None:
+        self._unread.setdefault(preview.output.request_id, []).append(preview)
         self._arrived.set()
 
     def close(self, request_id: str) -> None:
         """The request has ended; what is unread of it comes with its call. No error when it was never opened."""
-        self._requests.pop(request_id, None)
+        self._requests.discard(request_id)
         self._unread.pop(request_id, None)
 
     async def stream(self) -> PreviewStream:
@@ -82,16 +85,18 @@ class PreviewBox:
 
 @dataclass(slots=True)
 class Listener:
-    """An ingress's side of one request. One event loop."""
+    """An ingress's side of one request: puts what previews and the call bring into one order. One event loop."""
 
-    replica_id: str
-    num_taken: int = 0
-    _outputs: list[RequestOutput] = field(default_factory=list)
+    replica_id: str = ""  # once the call has said it
+    _num_taken: int = 0
+    _num_from_call: int = 0
+    _previews: dict[int, RequestOutput] = field(default_factory=dict)  # by index, not taken yet
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def put(self, preview: Preview) -> None:
-        if preview.index == self.num_taken + len(self._outputs):  # else one before it was lost
-            self._outputs.append(preview.output)
+        """One that is ahead of others waits for them: they are on their way, here or with the call."""
+        if preview.index >= self._num_taken:
+            self._previews[preview.index] = preview.output
             self._woken.set()
 
     def wake(self) -> None:
@@ -102,9 +107,21 @@ class Listener:
         """The next outputs, in their order, as soon as there are any; nothing when woken for another reason."""
         await self._woken.wait()
         self._woken.clear()
-        outputs, self._outputs = tuple(self._outputs), []
-        self.num_taken += len(outputs)
-        return outputs
+        outputs = []
+        while self._num_taken in self._previews:
+            outputs.append(self._previews.pop(self._num_taken))
+            self._num_taken += 1
+        return tuple(outputs)
+
+    def take_from_call(self, outputs: tuple[RequestOutput, ...]) -> tuple[RequestOutput, ...]:
+        """What is new in the call's next batch."""
+        new = outputs[max(0, self._num_taken - self._num_from_call) :]
+        self._num_from_call += len(outputs)
+        for index in range(self._num_taken, self._num_from_call):
+            self._previews.pop(index, None)
+        self._num_taken = max(self._num_taken, self._num_from_call)
+        self._woken.set()  # for what has waited for these
+        return new
 
 
 class Previews:
@@ -119,17 +136,22 @@ class Previews:
         self._listeners: dict[str, Listener] = {}
         self._readers: dict[str, asyncio.Task[None]] = {}
 
-    def listen(self, replica_id: str, request_id: str) -> Listener:
-        """Until `forget`."""
-        listener = self._listeners[request_id] = Listener(replica_id)
+    @contextmanager
+    def listen(self, request_id: str) -> Iterator[Listener]:
+        """Keep what is heard of a request, of whichever replica, from before it begins."""
+        listener = self._listeners[request_id] = Listener()
+        try:
+            yield listener
+        finally:
+            del self._listeners[request_id]
+
+    def read(self, replica_id: str, listener: Listener) -> None:
+        """The listener's request runs there: see to it that somebody reads. May be repeated."""
+        listener.replica_id = replica_id
         if replica_id not in self._readers:
             # In a context of its own: it must not end with the request that happened to need it first.
             task = asyncio.get_running_loop().create_task(self._read(replica_id), context=Context())
             self._readers[replica_id] = task
-        return listener
-
-    def forget(self, request_id: str) -> None:
-        self._listeners.pop(request_id, None)
 
     async def _read(self, replica_id: str) -> None:
         try:

@@ -10,37 +10,44 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from deployments.gateway import ReplicaOutputs
-from deployments.previews import PreviewBox, PreviewStream
+from deployments.previews import Preview, PreviewBox, PreviewStream
 from storage.errors import FloraError
 from workers.engine.client import EngineClient
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
 
 
 class _Inbox:
-    """Outputs of one request that its reader has not taken yet. The event loop's thread only."""
+    """Outputs of one request that its call has not taken yet. The event loop's thread only.
 
-    def __init__(self) -> None:
+    Args:
+        is_whole: what comes between the first output and the last is taken with the last.
+        box: shows what comes between them as long as it is read; then that is taken with the last as well.
+    """
+
+    def __init__(self, is_whole: bool, box: PreviewBox | None) -> None:
+        self._is_whole = is_whole
+        self._box = box
         self._outputs: list[RequestOutput] = []
+        self._num_put = 0
+        self._has_begun = False
         self._arrived = asyncio.Event()
-        self._waits_for_end = False
-        self._box: PreviewBox | None = None
 
     def put(self, output: RequestOutput) -> None:
+        index = self._num_put
+        self._num_put += 1
         self._outputs.append(output)
-        if output.finish_reason is not None or not self._waits_for_end:
+        if not self._has_begun or output.finish_reason is not None:
             self._arrived.set()
-        elif self._box is not None:
-            self._box.put(output)
-
-    def wait_for_end(self, box: PreviewBox | None) -> None:
-        """From now on `take` waits for the end; what comes before it is shown in `box` as well."""
-        self._waits_for_end = True
-        self._box = box
+        elif self._box is not None and self._box.is_read:
+            self._box.put(Preview(index, output))
+        elif not self._is_whole:
+            self._arrived.set()
 
     async def take(self) -> tuple[RequestOutput, ...]:
         """All that is there, at least one: a slow reader gets several steps at once."""
         await self._arrived.wait()
         self._arrived.clear()
+        self._has_begun = True
         outputs, self._outputs = tuple(self._outputs), []
         return outputs
 
@@ -70,11 +77,11 @@ class RequestStreams:
 
         Args:
             is_whole: at most two batches: what came first, and all the rest.
-            reader: in whose `previews` the rest of a whole answer appears as it comes.
+            reader: who, while it reads `previews`, is shown there what comes between the first batch and the last.
         """
         self._loop = asyncio.get_running_loop()
-        inbox = _Inbox()
         box = self._open_box(reader, request.request_id) if reader else None
+        inbox = _Inbox(is_whole, box)
         is_over = True
         try:
             try:
@@ -95,8 +102,6 @@ class RequestStreams:
             while not is_over:
                 outputs = await inbox.take()
                 is_over = outputs[-1].finish_reason is not None
-                if is_whole:
-                    inbox.wait_for_end(box)
                 yield self._batch(*outputs)
         finally:
             if self._inboxes.get(request.request_id) is inbox:

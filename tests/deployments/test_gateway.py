@@ -56,11 +56,15 @@ class Link:
     engine: SteppedEngine = field(default_factory=SteppedEngine)
     num_messages: Counter[str] = field(default_factory=Counter)
     is_read: bool = False
-    num_refusals: int = 0  # of calls for previews, as a full replica's
+    is_full: bool = False  # for calls for previews: until there is `room` for them
+    refuses: bool = False  # rather than have them wait
     loses: Callable[[int], bool] = lambda number: False  # which preview messages
 
     def __post_init__(self) -> None:
         self.streams = RequestStreams(self.engine, "here")
+        self.room = asyncio.Event()
+        if not self.is_full:
+            self.room.set()
 
     def options(self, *, method_name: str, stream: bool = False) -> Any:
         return _Method(self, method_name)
@@ -73,9 +77,9 @@ class Link:
             yield batch
 
     async def previews(self, wanted: PreviewsOf) -> previews.PreviewStream:
-        if self.num_refusals:
-            self.num_refusals -= 1
+        if self.refuses and not self.room.is_set():
             raise OverloadedError("full")
+        await self.room.wait()
         self.is_read = True
         async for batch in self.streams.previews(wanted.reader):
             self.num_messages["previews"] += 1
@@ -173,24 +177,59 @@ def test_what_previews_lose_comes_with_the_call_in_order_and_once(
     run(test())
 
 
-def test_previews_that_a_full_replica_refuses_are_asked_for_again(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("refuses", [False, True])
+def test_while_a_full_replica_has_no_room_for_previews_each_step_comes_with_the_call(
+    monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
     monkeypatch.setattr(previews, "AGAIN_S", 0.01)
 
     async def test() -> None:
-        link = Link(num_refusals=2)
+        link = Link(is_full=True, refuses=refuses)
         reader = Reader(ServeGateway(link), "r")
         await asyncio.sleep(0.01)
         for token in (1, 2, 3):
             await link.engine.step(token, "r")
-        assert reader.tokens == [1]
-        while link.num_refusals or len(reader.tokens) < 3:
+            assert reader.tokens[-1:] == [token]
+        assert link.num_messages == {"generate": 3}
+        link.room.set()
+        while not link.is_read:
             await asyncio.sleep(0.01)
-        assert reader.tokens == [1, 2, 3]
-        await link.engine.step(4, "r", reason=FinishReason.LENGTH)
+        for token in (4, 5):
+            await link.engine.step(token, "r")
+            assert reader.tokens[-1:] == [token]
+        assert link.num_messages == {"generate": 3, "previews": 2}
+        await link.engine.step(6, "r", reason=FinishReason.LENGTH)
         await reader.task
-        assert reader.tokens == [1, 2, 3, 4]
+        assert reader.tokens == [1, 2, 3, 4, 5, 6]
+        assert link.num_messages["generate"] == 4
+
+    run(test())
+
+
+def test_what_comes_before_a_request_is_read_on_is_seen_when_it_is() -> None:
+    async def test() -> None:
+        link = Link()
+        gateway = ServeGateway(link)
+        other = Reader(gateway, "other")
+        await asyncio.sleep(0.01)
+        for token in (1, 2):
+            await link.engine.step(token, "other")
+        assert link.is_read
+        batches = gateway.generate(request("r"))
+        first = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0.01)
+        await link.engine.step(1, "r", "other")
+        seen = list((await first).outputs)
+        for token in (2, 3):  # while its other choices begin
+            await link.engine.step(token, "r", "other")
+        rest = asyncio.ensure_future(anext(batches))
+        await link.engine.step(4, "r", "other")
+        assert rest.done(), "it is silent until its end"
+        seen += rest.result().outputs
+        assert [output.new_token_ids for output in seen][:3] == [(1,), (2,), (3,)]
+        await batches.aclose()
+        other.task.cancel()
+        await asyncio.gather(other.task, return_exceptions=True)
 
     run(test())
 

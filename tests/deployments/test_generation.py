@@ -24,7 +24,8 @@ POET = AdapterSet.of(AdapterVersion("1" * 64))
 OTHER = AdapterSet.of(AdapterVersion("2" * 64))
 LOST = ReplicaLostError("gone")
 
-Script = Sequence[RequestOutput | Exception]
+Script = Sequence[RequestOutput | tuple[RequestOutput, ...] | Exception]
+"""A tuple is one batch."""
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,9 @@ class ScriptedGateway:
                 if isinstance(event, Exception):
                     is_over = True
                     raise event
-                is_over = event.finish_reason is not None
-                yield ReplicaOutputs(f"replica-{len(self.requests)}", (event,))
+                outputs = event if isinstance(event, tuple) else (event,)
+                is_over = outputs[-1].finish_reason is not None
+                yield ReplicaOutputs(f"replica-{len(self.requests)}", outputs)
             is_over = True
         finally:
             self.num_closed_early += not is_over
@@ -123,6 +125,23 @@ def test_an_engine_that_dies_in_a_living_replica_is_a_lost_one(
         assert asyncio.run(one.text()) == Delta(codec.decode([41]), "length")
     else:
         assert asyncio.run(streamed(one)) == [Delta(codec.decode([41]), "length")]
+    assert gateway.avoided == ["", "replica-1"]
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_an_engine_that_dies_in_the_step_after_the_first_is_a_lost_one(
+    codec: TextCodec, is_whole: bool
+) -> None:
+    last_words = output(reason=FinishReason.ERROR, error=EngineLostError("gone"))
+    gateway = ScriptedGateway(
+        [(output(40), last_words)], [(output(41), output(42, reason=FinishReason.LENGTH))]
+    )
+    one = generation(codec, gateway)
+    if is_whole:
+        assert asyncio.run(one.text()) == Delta(codec.decode([41, 42]), "length")
+    else:
+        deltas = asyncio.run(streamed(one))
+        assert "".join(delta.text for delta in deltas) == codec.decode([41, 42])
     assert gateway.avoided == ["", "replica-1"]
 
 

@@ -50,6 +50,28 @@ def test_a_stream_has_a_batch_for_each_step_and_a_whole_answer_two(
     assert {batch.replica_id for batch in batches} == {"here"}
 
 
+def test_what_nobody_is_shown_comes_with_the_call() -> None:
+    async def run() -> tuple[list[int], list[list[int]]]:
+        engine = SteppedEngine()
+        streams = RequestStreams(engine, "here")
+        call = asyncio.create_task(read(streams.generate(request("r"), reader="reader")))
+        await asyncio.sleep(0)
+        for token in (1, 2):
+            await engine.step(token, "r")
+        previews = streams.previews("reader")
+        shown = asyncio.ensure_future(anext(previews))
+        await asyncio.sleep(0)
+        await engine.step(3, "r")
+        indices = [preview.index for preview in shown.result()]
+        await previews.aclose()  # and of what it has shown, nobody knows what has arrived
+        for token in (4, 5):
+            await engine.step(token, "r")
+        await engine.step(6, "r", reason=FinishReason.LENGTH)
+        return indices, tokens(await call)
+
+    assert asyncio.run(run()) == ([2], [[1], [2], [3, 4], [5], [6]])
+
+
 def test_a_reader_that_is_slow_gets_all_it_missed_at_once() -> None:
     async def run() -> list[list[int]]:
         engine = SteppedEngine()
