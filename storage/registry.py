@@ -41,7 +41,6 @@ from storage.identity import (
     checked_name,
     checked_version,
     is_name,
-    sha256_hex,
 )
 from storage.index import update_entry
 from storage.index_entry import AdapterEntry
@@ -56,15 +55,15 @@ from storage.manifest import (
     Provenance,
     Tombstone,
 )
-from storage.object_store import ObjectNotFoundError, ObjectStore
+from storage.object_store import ObjectStore
 from storage.quarantine import (
     is_in_quarantine,
-    put_in_quarantine,
+    quarantine_if_damaged,
     read_quarantined,
     reason_of,
 )
-from storage.ranged_reads import read_object
-from storage.records import decode, read, swap
+from storage.records import read, swap
+from storage.version_files import entry_of, read_content, read_file
 from storage.version_writer import write_version
 
 _log = logging.getLogger(__name__)
@@ -116,7 +115,7 @@ class Registry:
             OverloadedError: others moved the alias faster than this call could, and the version is published; or a
                 garbage collection is in the way.
         """
-        if content.files != {path: _entry(data) for path, data in files.items()}:
+        if content.files != {path: entry_of(data) for path, data in files.items()}:
             raise ValueError("the manifest's content does not describe the files")
         if alias is not None:
             checked_name(alias, param="alias")
@@ -156,15 +155,7 @@ class Registry:
 
     def content(self, version: AdapterVersion) -> ManifestContent:
         """What makes up a version, whatever name it has: all a replica needs to load it. Raises UnknownModelError."""
-        try:
-            data = self._store.get(layout.blob(checked_version(version))).data
-        except ObjectNotFoundError:
-            raise UnknownModelError(
-                f"the adapter version {version} does not exist", param="model"
-            ) from None
-        if sha256_hex(data) != version:
-            raise AdapterCorruptError(f"the stored description of version {version} is damaged")
-        return decode(data, ManifestContent, f"version {version}")
+        return read_content(self._store, version)
 
     def read_file(self, entry: FileEntry, stages: StageClock | None = None) -> bytes:
         """A file's bytes, never others than its digest says; a large one is read in parallel ranges.
@@ -175,17 +166,7 @@ class Registry:
         Raises:
             AdapterCorruptError: it is missing, or damaged.
         """
-        stages = stages or StageClock()
-        try:
-            with stages.stage("registry"):
-                data = read_object(self._store, layout.blob(entry.sha256), entry.num_bytes)
-        except ObjectNotFoundError:
-            raise AdapterCorruptError(f"the stored file {entry.sha256} is missing") from None
-        with stages.stage("digest"):
-            is_whole = _entry(data) == entry
-        if not is_whole:
-            raise AdapterCorruptError(f"the stored file {entry.sha256} is damaged")
-        return data
+        return read_file(self._store, entry, stages or StageClock())
 
     def versions(self, name: AdapterName) -> list[Manifest]:
         """Every version of an adapter, oldest first; empty when there is no such adapter."""
@@ -349,37 +330,13 @@ class Registry:
         Raises:
             UnknownModelError: there is no such version under any name.
         """
-        # Before the record is written: a caller that is stopped half way leaves no whole version in quarantine.
-        is_damaged = not self.is_undamaged(version)
-        if is_damaged:
-            put_in_quarantine(self._store, version, reason, self._clock())
-            # Again, for a publisher may have repaired the files; from here on it takes the record away itself.
-            is_damaged = not self.is_undamaged(version)
-        if not is_damaged:
-            self._store.delete(layout.quarantine(version))
+        is_bad = quarantine_if_damaged(self._store, version, reason, self._clock())
         self._announce()
-        return is_damaged
+        return is_bad
 
     def quarantined(self) -> dict[AdapterVersion, str]:
         """Every version in quarantine, and why."""
         return read_quarantined(self._store)
-
-    def is_undamaged(self, version: AdapterVersion) -> bool:
-        """Whether every stored byte of a version is what its digests say. Reads all of them.
-
-        Raises:
-            UnknownModelError: there is no such version under any name.
-        """
-        try:
-            for entry in self.content(version).files.values():
-                self.read_file(entry)
-        except AdapterCorruptError:
-            return False
-        except UnknownModelError:
-            if not self._has_manifest(version):
-                raise
-            return False
-        return True
 
     def pin(self, name: AdapterName, copies: int = 1) -> None:
         """Ask for the adapter on at least so many replicas, whether or not anybody uses it.
@@ -438,10 +395,6 @@ class Registry:
             )
         return found
 
-    def _has_manifest(self, version: AdapterVersion) -> bool:
-        parsed = (layout.parse_manifest(found.key) for found in self._store.list(layout.ADAPTERS))
-        return any(manifest is not None and manifest[1] == version for manifest in parsed)
-
     def _is_intact(self, version: AdapterVersion) -> bool:
         return not is_in_quarantine(self._store, version)
 
@@ -476,7 +429,3 @@ class Registry:
                 f"the adapter {name.name!r} has no alias or version {selector!r}", param="model"
             )
         return no_adapter(name)
-
-
-def _entry(data: bytes) -> FileEntry:
-    return FileEntry(sha256=sha256_hex(data), num_bytes=len(data))

@@ -18,6 +18,7 @@ from storage.errors import (
 from storage.identity import AdapterName, AdapterVersion, sha256_hex
 from storage.local_store import LocalObjectStore
 from storage.object_store import ObjectStore
+from storage.quarantine import is_undamaged
 from storage.registry import Registry
 from storage.verification import verify
 from tests.storage.passing_store import InterruptingStore
@@ -92,7 +93,7 @@ def test_a_publish_during_a_quarantine_leaves_a_good_version_out_of_it(tmp_path:
         if not interrupting.has_happened:
             assert at > 5, "nothing was interrupted: this test proved nothing"
             return
-        if registry.is_undamaged(version):
+        if is_undamaged(store, version):
             assert registry.quarantined() == {}, f"a good version is in quarantine ({at})"
 
 
