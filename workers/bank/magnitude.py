@@ -22,7 +22,10 @@ _PART = 64
 
 
 def with_scale(path: str, rows: ModuleRows, weight_OI: Tensor) -> ModuleRows:
-    """The same rows with a scale instead of a magnitude, and add rows scaled by it. Exact to about 1e-7 of c.
+    """The same rows with a scale instead of a magnitude, and add rows scaled by it.
+
+    Exact to about 1e-7 of c; where the adapter all but cancels a row of the weight, so many times less exact as the row
+    has become shorter.
 
     Args:
         path: of the projection, for the error.
