@@ -23,7 +23,26 @@ _SERVE = (
     "Next: one stream for each ingress and replica instead of one for each request."
 )
 
+_UNIFORM = (
+    "A request for an adapter that is being loaded at that moment counts as a miss, which under uniform demand, where "
+    "every adapter is as cold as the next, is about 1 % of all (counted in a smaller fleet). Next: holding back the "
+    "second request for a load that is almost there."
+)
+_BURSTS = (
+    "Every adapter asks threefold for a minute now and then. A rise is believed after some seconds and answered at the "
+    "next tick, so for part of every burst the load lies on the holders of before. The held-out seed is at the bar. "
+    "Next: a plan when a burst is seen, not at the next tick."
+)
+
 MISSES: Mapping[tuple[str, str], str] = {
+    ("placement", "ours, uniform, rank 1, 0.85: hit rate over the best"): _UNIFORM,
+    ("placement", "ours, uniform, rank 1, 0.85, held-out seed: hit rate over the best"): _UNIFORM,
+    ("placement", "ours, mmpp-adapter, rank 1, 0.85: imbalance"): _BURSTS,
+    ("placement", "ours, mmpp-adapter, mixed ranks, 0.85: imbalance"): _BURSTS,
+    ("placement", "ours, uniform, rank 1, 0.55: imbalance"): (
+        "A tail adapter goes where it is resident and a slot is free, whatever the others carry; with slots free "
+        "everywhere nothing evens them out. The worst window is within its bar, and hits are above theirs."
+    ),
     ("engine", "our engine, no adapters / vLLM, no adapters"): (
         "Equal within what runs differ by: 1.006 in the run before. Both read all weights once a step. Of our 31 ms, "
         "18 are products, 5 compiled loops, 6 calls from Python. Next: fewer calls; no widening of logits for greedy "
