@@ -28,6 +28,10 @@ _UNIFORM = (
     "every adapter is as cold as the next, is about 1 % of all (counted in a smaller fleet). Next: holding back the "
     "second request for a load that is almost there."
 )
+_PUBLISHING = (
+    "Taking the registry's word of 10,000 adapters and putting a plan in force each hold the lock for about 10 ms, and "
+    "the plan beside them shares one interpreter. Next: the registry's changes instead of its whole word."
+)
 _BURSTS = (
     "Every adapter asks threefold for a minute now and then. A rise is believed after some seconds and answered at the "
     "next tick, so for part of every burst the load lies on the holders of before. The held-out seed is at the bar. "
@@ -39,6 +43,8 @@ MISSES: Mapping[tuple[str, str], str] = {
     ("placement", "ours, uniform, rank 1, 0.85, held-out seed: hit rate over the best"): _UNIFORM,
     ("placement", "ours, mmpp-adapter, rank 1, 0.85: imbalance"): _BURSTS,
     ("placement", "ours, mmpp-adapter, mixed ranks, 0.85: imbalance"): _BURSTS,
+    ("placement_manager", "heartbeat while others publish, ms, 99 %"): _PUBLISHING,
+    ("placement_manager", "poll while others publish, ms, 99 %"): _PUBLISHING,
     ("placement", "ours, uniform, rank 1, 0.55: imbalance"): (
         "A tail adapter goes where it is resident and a slot is free, whatever the others carry; with slots free "
         "everywhere nothing evens them out. The worst window is within its bar, and hits are above theirs."
