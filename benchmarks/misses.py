@@ -44,7 +44,7 @@ MISSES: Mapping[tuple[str, str], str] = {
     ("placement", "ours, mmpp-adapter, rank 1, 0.85: imbalance"): _BURSTS,
     ("placement", "ours, mmpp-adapter, mixed ranks, 0.85: imbalance"): _BURSTS,
     ("placement_manager", "poll, ms, 99 %"): (
-        "Not examined: a few polls of a short run wait a tenth of a second, more than in the part with publishers. Next: "
+        "Not examined: a few polls of a short run wait a tenth of a second, more than beside publishers. Next: "
         "a longer run, and what those polls wait for."
     ),
     ("placement_manager", "heartbeat while others publish, ms, 99 %"): _PUBLISHING,
