@@ -51,7 +51,9 @@ class Streamed:
         return float(self.headers.get("x-queue-time-ms", "nan")) / 1000
 
 
-async def stream(url: str, model: str, prompt: list[int], answer_tokens: int) -> Streamed:
+async def stream(
+    url: str, model: str, prompt: list[int], answer_tokens: int, within_s: float = _ANSWER_WITHIN_S
+) -> Streamed:
     """One greedy completion on a connection of its own. Never raises for what a server may do."""
     body = {
         "model": model,
@@ -64,7 +66,7 @@ async def stream(url: str, model: str, prompt: list[int], answer_tokens: int) ->
     }
     sent_s = time.perf_counter()
     try:
-        async with asyncio.timeout(_ANSWER_WITHIN_S):
+        async with asyncio.timeout(within_s):
             status, headers, events = await _exchange(url, json.dumps(body).encode())
     except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
         return Streamed(model, sent_s, error=f"{type(error).__name__}: {error}")

@@ -9,38 +9,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import islice
 
 from storage import layout
 from storage.adapter_records import (
-    NOTHING_DELETED,
     list_versions,
     no_adapter,
     no_version,
-    read_alias_records,
     read_aliases,
     read_manifest,
     read_tombstone,
 )
-from storage.errors import (
-    AdapterCorruptError,
-    AmbiguousModelError,
-    FloraError,
-    InvalidRequestError,
-    UnknownModelError,
-)
+from storage.deletion import bury_adapter, bury_version
+from storage.errors import FloraError, InvalidRequestError
 from storage.generation import bump_generation, read_generation
 from storage.history import live_record, newest_good, versions_of
 from storage.identity import (
     DEFAULT_ALIAS,
-    VERSION_PREFIX,
-    VERSION_START,
     AdapterName,
     AdapterVersion,
     checked_name,
     checked_version,
-    is_name,
 )
 from storage.index import update_entry
 from storage.index_entry import AdapterEntry
@@ -53,16 +43,15 @@ from storage.manifest import (
     ManifestContent,
     Pin,
     Provenance,
-    Tombstone,
 )
 from storage.object_store import ObjectStore
 from storage.quarantine import (
     is_in_quarantine,
     quarantine_if_damaged,
     read_quarantined,
-    reason_of,
 )
 from storage.records import read, swap
+from storage.selectors import first_intact, meant_by, no_selector
 from storage.version_files import entry_of, read_content, read_file
 from storage.version_writer import write_version
 
@@ -140,11 +129,11 @@ class Registry:
             AmbiguousModelError: several versions start like that.
             AdapterCorruptError: all that it could mean is in quarantine.
         """
-        return self._intact(name, self._meant(name, selector))
+        return first_intact(self._store, name, meant_by(self._store, name, selector))
 
     def find_version(self, name: AdapterName, selector: str) -> AdapterVersion:
         """The version a selector names, as `resolve` reads it, also one in quarantine."""
-        return self._meant(name, selector)[0]
+        return meant_by(self._store, name, selector)[0]
 
     def manifest(self, name: AdapterName, version: AdapterVersion) -> Manifest:
         """Raises UnknownModelError when the adapter has no such version, or it was deleted."""
@@ -227,7 +216,7 @@ class Registry:
         """
         checked_name(alias, param="alias")
         self.manifest(name, version)
-        self._intact(name, (version,))
+        first_intact(self._store, name, (version,))
         record = self._move(name, alias, version)
         self._announce(name)
         return record
@@ -248,8 +237,10 @@ class Registry:
             tombstone = read_tombstone(self._store, name)
             live = None if old is None else live_record(alias, old, tombstone)
             if old is None or live is None:
-                raise self._unknown(name, alias, tombstone)
-            target = newest_good(versions_of(live)[1:], self._is_intact)
+                raise no_selector(self._store, name, alias, tombstone)
+            target = newest_good(
+                versions_of(live)[1:], lambda version: not is_in_quarantine(self._store, version)
+            )
             if target is None:
                 raise InvalidRequestError(
                     f"the alias {alias!r} of adapter {name.name!r} has no earlier version to go back to",
@@ -273,19 +264,9 @@ class Registry:
             UnknownModelError: there is no such adapter.
         """
 
-        def bury(old: Tombstone | None) -> Tombstone:
-            buried = old or NOTHING_DELETED
-            # Aliases first: a version whose alias is seen here is then seen too.
-            records = read_alias_records(self._store, name)
-            aliases = {alias: found.generation for alias, found in records.items()}
-            versions = list_versions(self._store, name, buried)
-            if not versions:
-                raise no_adapter(name)
-            return buried.with_deleted(versions, aliases, self._clock())
-
         # Before the delete: a pin that outlived it would come back with the next publish.
         self._store.delete(layout.pin(name))
-        swap(self._store, layout.tombstone(name), Tombstone, bury)
+        bury_adapter(self._store, name, self._clock)
         self._announce(name)
 
     def delete_version(self, name: AdapterName, version: AdapterVersion) -> None:
@@ -296,25 +277,7 @@ class Registry:
             InvalidRequestError: an alias means it.
         """
         checked_version(version)
-
-        def bury(old: Tombstone | None) -> Tombstone:
-            buried = old or NOTHING_DELETED
-            meant_by = sorted(
-                alias
-                for alias, record in read_aliases(self._store, name).items()
-                if record.version == version
-            )
-            if meant_by:
-                raise InvalidRequestError(
-                    f"the alias {', '.join(meant_by)} of adapter {name.name!r} means version {version[:12]}; "
-                    "move it first",
-                    param="version",
-                )
-            if version not in list_versions(self._store, name, buried, version):
-                raise no_version(name, version)
-            return buried.with_deleted((version,), {}, self._clock())
-
-        swap(self._store, layout.tombstone(name), Tombstone, bury)
+        bury_version(self._store, name, version, self._clock)
         self._announce(name)
 
     # -- quarantine and pins ---------------------------------------------------------------------
@@ -364,40 +327,6 @@ class Registry:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def _meant(self, name: AdapterName, selector: str) -> tuple[AdapterVersion, ...]:
-        """The version a selector names, and for an alias those it meant before, newest first."""
-        record = None
-        if is_name(selector):
-            record = read(self._store, layout.alias(name, selector), AliasRecord)
-        tombstone = read_tombstone(self._store, name)
-        live = None if record is None else live_record(selector, record, tombstone)
-        if live is not None:
-            return versions_of(live)
-        digits = selector.removeprefix(VERSION_PREFIX)
-        found: list[AdapterVersion] = []
-        if VERSION_START.fullmatch(digits):
-            found = list_versions(self._store, name, tombstone, digits)
-        if len(found) > 1:
-            raise AmbiguousModelError(
-                f"{len(found)} versions of adapter {name.name!r} start with {digits}; give more digits",
-                param="model",
-            )
-        if not found:
-            raise self._unknown(name, selector, tombstone)
-        return tuple(found)
-
-    def _intact(self, name: AdapterName, versions: Sequence[AdapterVersion]) -> AdapterVersion:
-        found = newest_good(versions, self._is_intact)
-        if found is None:
-            reason = reason_of(self._store, versions[0]) or "its files are damaged"
-            raise AdapterCorruptError(
-                f"version {versions[0][:12]} of adapter {name.name!r} is in quarantine ({reason}); publish it again"
-            )
-        return found
-
-    def _is_intact(self, version: AdapterVersion) -> bool:
-        return not is_in_quarantine(self._store, version)
-
     def _move(self, name: AdapterName, alias: str, version: AdapterVersion) -> AliasRecord:
         def point(old: AliasRecord | None) -> AliasRecord | None:
             if old is None:
@@ -422,10 +351,3 @@ class Registry:
             bump_generation(self._store)
         except FloraError as error:
             _log.warning("the index is behind: %s", error.message)
-
-    def _unknown(self, name: AdapterName, selector: str, tombstone: Tombstone) -> UnknownModelError:
-        if list_versions(self._store, name, tombstone):
-            return UnknownModelError(
-                f"the adapter {name.name!r} has no alias or version {selector!r}", param="model"
-            )
-        return no_adapter(name)
