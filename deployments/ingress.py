@@ -35,7 +35,7 @@ from deployments.upload import Uploads
 from storage.base_checkpoint import read_base_facts
 from storage.errors import OverloadedError
 from storage.registry import Registry
-from storage.stores import open_store
+from storage.stores import open_store_when_used
 from workers.models.loading import with_local_base
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -53,7 +53,7 @@ def http_app_builder(
     def build() -> FastAPI:
         app_name = serve.get_replica_context().app_name
         view = shared_view(spec)
-        store = open_store(settings.storage)
+        store = open_store_when_used(settings.storage)
         registry = Registry(store)
         base_id = settings.engine.base_id
         models = LastGood(

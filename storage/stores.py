@@ -11,6 +11,7 @@ from storage.config import StorageSettings
 from storage.errors import InvalidRequestError, StoreUnavailableError
 from storage.local_store import LocalObjectStore
 from storage.object_store import ObjectStore, PreconditionFailedError
+from storage.probed_store import ProbedStore
 from storage.s3_store import S3ObjectStore
 
 
@@ -29,6 +30,14 @@ def open_store(settings: StorageSettings) -> ObjectStore:
 def open_store_to_read(settings: StorageSettings) -> ObjectStore:
     """The same store for who never writes to it: it may be away, and is not probed. Raises InvalidRequestError."""
     return _connect(settings)
+
+
+def open_store_when_used(settings: StorageSettings) -> ObjectStore:
+    """The same store for who may have to start while it is away: it is probed before the first write.
+
+    Raises InvalidRequestError; every write raises StoreUnavailableError as `open_store` does until the probe passes.
+    """
+    return ProbedStore(_connect(settings), check_conditional_writes)
 
 
 def check_conditional_writes(store: ObjectStore) -> None:

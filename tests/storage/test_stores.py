@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from storage.config import StorageSettings
 from storage.errors import InvalidRequestError, StoreUnavailableError
 from storage.local_store import LocalObjectStore
 from storage.object_store import ObjectStore, StoredObject
+from storage.probed_store import ProbedStore
 from storage.s3_store import S3ObjectStore
-from storage.stores import check_conditional_writes, open_store
+from storage.stores import check_conditional_writes, open_store, open_store_when_used
 from tests.storage.passing_store import PassingStore
+from tests.storage.s3_server import S3Server
 
 
 class _IgnoresIfNoneMatch(PassingStore):
@@ -61,6 +64,42 @@ def test_a_store_that_does_not_keep_conditional_writes_is_refused(
 def test_opening_a_good_store_leaves_nothing_behind(settings: StorageSettings) -> None:
     store = open_store(settings)
     assert list(store.list("")) == []
+
+
+def test_a_store_may_be_away_when_it_is_opened_and_is_proven_before_the_first_write(
+    s3_api: S3Server, s3_settings: StorageSettings
+) -> None:
+    s3_api.stop()
+    try:
+        store = open_store_when_used(s3_settings)
+        for use in (lambda: store.get("a"), lambda: store.put("a", b"1")):
+            with pytest.raises(StoreUnavailableError):
+                use()
+    finally:
+        s3_api.listen()
+    store.put("a", b"1")
+    assert store.get("a").data == b"1"
+    assert [info.key for info in store.list("")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store: store.put("a", b"1"),
+        lambda store: store.put_if_absent("a", b"1"),
+        lambda store: store.compare_and_swap("a", b"1", "etag"),
+        lambda store: store.delete("a"),
+    ],
+)
+def test_nothing_is_written_to_a_store_that_does_not_keep_conditional_writes(
+    store: ObjectStore, write: Callable[[ObjectStore], object]
+) -> None:
+    store.put("a", b"0")
+    late = ProbedStore(_IgnoresIfMatch(store), check_conditional_writes)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match="If-Match"):
+            write(late)
+    assert late.get("a").data == b"0"
 
 
 def test_the_setting_chooses_the_store(
