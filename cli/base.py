@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cli.bases import BUILT_IN, list_bases, pull_base
@@ -30,7 +31,7 @@ def pull(
     if as_json:
         print_json({"name": directory.name, "directory": directory})
     else:
-        out.print(f"{directory.name} is at {directory}", soft_wrap=True)
+        out.print(f"{escape(directory.name)} is at {escape(str(directory))}", soft_wrap=True)
 
 
 @app.command()

@@ -34,6 +34,9 @@ S3Endpoint = Annotated[
     typer.Option("--s3-endpoint", help="Another S3 API than AWS's: http://host:port."),
 ]
 
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Tenant = Annotated[str, typer.Option(help="Whose adapters.")]
+
 
 def command_settings(config: Path | None = None, **areas: Mapping[str, Any]) -> Settings:
     """Settings for this machine; flags that are None were not given.
