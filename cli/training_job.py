@@ -11,12 +11,12 @@ from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster
 from cli.training_progress import TrainingProgress
 from deployments.settings import Settings
-from storage.stores import open_store
+from storage.stores import open_store, open_store_to_read
 from training.backend import JobBackend, JobInfo, JobStatus
-from training.events import EVENTS_FILE, read_events
+from training.job_store import JobStore
 from training.spec import TrainingSpec
 
-_POLL_S = 0.25
+_POLL_S = 0.5
 _ASK_EVERY_S = 2.0
 _LOG_LINES = 15
 
@@ -58,18 +58,16 @@ def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResu
     Raises:
         CommandFailedError: the job as a whole failed or was cancelled; says why.
     """
-    from training.job_settings import job_directory
-
-    file = job_directory(settings, job_id) / EVENTS_FILE
+    job = JobStore(open_store_to_read(settings.storage), job_id)
     started_s = asked_s = time.monotonic()
-    position, info = 0, backend.get(job_id)
+    cursor, info = "", backend.get(job_id)
     with TrainingProgress(err) as progress:
         while True:
             if time.monotonic() - asked_s > _ASK_EVERY_S or progress.is_over:
                 info, asked_s = backend.get(job_id), time.monotonic()
             # The page is read after the status: when that is final, this is all there is.
-            page = read_events(file, position)
-            position = page.next
+            page = job.read_events(cursor)
+            cursor = page.next
             for event in page.events:
                 progress.show(event)
             if info.status.is_final:

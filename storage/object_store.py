@@ -67,7 +67,9 @@ class ObjectStore(Protocol):
         """Bytes [start, stop) of an object; shorter when the object ends first. Raises ObjectNotFoundError."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write unconditionally. For content-addressed blobs only: everything else has a conditional write."""
+        """Write unconditionally. For content-addressed blobs, and objects that only one process ever writes:
+        everything else has a conditional write.
+        """
 
     def put_if_absent(self, key: str, data: bytes) -> str:
         """Create the object, return its etag. Raises PreconditionFailedError if it exists, with any content."""

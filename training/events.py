@@ -1,29 +1,31 @@
-"""What a job tells while it runs: one JSON object a line, each line written whole, so a reader never sees half of one.
+"""What a job tells while it runs. As a line of JSON an event reads
 
-    {"event": "step", "time_s": 1764…, "adapter": "captain", "step": 12, "loss": 0.41, …}
+    {"event": "step", "at_s": 1764…, "adapter": "captain", "step": 12, "loss": 0.41, …}
 
-After a worker was lost and resumed, steps since its last checkpoint are told again: the later line counts.
+Lines are kept by `training.job_store`. After a worker was lost and resumed, steps since the last checkpoint are told
+again: a reader takes the last word for an adapter and step.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
-
-EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingEvent:
-    """Base of all events; `kind` is the line's `event`."""
+    """Base of all events; `kind` is the line's `event`.
+
+    Attributes:
+        at_s: when it was told, in seconds since the epoch by its teller's clock; 0 before. Two events that differ only
+            in this are equal.
+    """
 
     kind: ClassVar[str]
+    at_s: float = field(default=0.0, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,18 @@ class JobStarted(TrainingEvent):
     job_id: str
     adapters: tuple[str, ...]
     workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted(TrainingEvent):
+    """A worker takes up its share; told again when it goes on after a loss, or with another share."""
+
+    kind: ClassVar[str] = "worker_started"
+    worker: int
+    workers: int
+    host: str
+    pid: int
+    adapters: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +139,7 @@ _KINDS: dict[str, type[TrainingEvent]] = {
     event.kind: event
     for event in (
         JobStarted,
+        WorkerStarted,
         AdapterStarted,
         AdapterStep,
         AdapterEvaluated,
@@ -137,61 +152,29 @@ _KINDS: dict[str, type[TrainingEvent]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EventPage:
-    """Events in the order they were told, and where to read on."""
-
-    events: tuple[TrainingEvent, ...]
-    next: int
+def event_line(event: TrainingEvent) -> bytes:
+    """With its newline. JSON has no infinity: a number that is not finite is told as null."""
+    return json.dumps({"event": event.kind, **_plain(asdict(event))}).encode() + b"\n"
 
 
-class EventWriter:
-    """Appends events to a file. Several processes may write to one file: each event is a single append."""
-
-    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._clock = clock
-
-    def __call__(self, event: TrainingEvent) -> None:
-        line = {"event": event.kind, "time_s": self._clock(), **_plain(asdict(event))}
-        os.write(self._descriptor, (json.dumps(line) + "\n").encode())
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def read_events(path: Path, after: int = 0) -> EventPage:
-    """The whole lines from byte `after` on; an empty page while there is no file.
-
-    Args:
-        after: 0, or the `next` of an earlier page.
-    """
+def parse_event(line: bytes) -> TrainingEvent:
+    """What `event_line` wrote; null reads as NaN. Raises ValueError for anything else."""
     try:
-        with path.open("rb") as file:
-            file.seek(after)
-            data = file.read()
-    except FileNotFoundError:
-        return EventPage((), after)
-    whole = data[: data.rfind(b"\n") + 1]
-    events = tuple(_parsed(json.loads(line)) for line in whole.splitlines())
-    return EventPage(events, after + len(whole))
+        values = json.loads(line)
+        kind = _KINDS[values["event"]]
+        return kind(**{one.name: _value(one.type, values[one.name]) for one in fields(kind)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an event of a training job: {line[:200]!r}") from error
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity; a number that is not finite is told as null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in values.items()
     }
 
 
-def _parsed(values: dict[str, Any]) -> TrainingEvent:
-    kind = _KINDS[values["event"]]
-    arguments: dict[str, Any] = {}
-    for field in fields(kind):
-        value = values[field.name]
-        if field.type == "float" and value is None:
-            value = math.nan
-        arguments[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
+def _value(declared: object, value: Any) -> Any:
+    if declared == "float" and value is None:
+        return math.nan
+    return tuple(value) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -30,25 +31,24 @@ from storage.stores import open_store
 from training.adapter_run import AdapterData, AdapterRun
 from training.config import TrainingSettings
 from training.events import (
-    EVENTS_FILE,
     AdapterFailed,
     AdapterPublished,
     EventSink,
-    EventWriter,
     JobFailed,
     JobFinished,
     JobStarted,
-    read_events,
+    WorkerStarted,
 )
 from training.frozen_base import FrozenBase
 from training.job_plan import JobPlan, plan_job
 from training.job_settings import JobAreas, job_directory
+from training.job_store import JobStore
 from training.publishing import publisher
 from training.spec import TrainingSpec
 from training.trainer import MultiAdapterTrainer
 from workers.models.loading import find_base, load_base
 
-_POLL_S = 0.2
+_POLL_S = 1.0
 
 logger = logging.getLogger("flora.training")
 
@@ -82,7 +82,6 @@ class WorkerTask:
     storage: StorageSettings
     training: TrainingSettings
     job_id: str
-    events: Path
 
 
 def run_training(
@@ -100,27 +99,22 @@ def run_training(
         SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
     """
     directory = job_directory(settings, job_id)
-    open_store(settings.storage)  # a registry that cannot take the result should be told now
+    job = JobStore(open_store(settings.storage), job_id)
     plan = plan_job(spec, settings.training.num_workers, settings.storage)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    tell = EventWriter(directory / EVENTS_FILE)
-    start = read_events(directory / EVENTS_FILE).next
-    try:
-        with _followed(directory / EVENTS_FILE, start, on_event):
-            tell(JobStarted(job_id, tuple(plan.data), len(plan.shares)))
-            error = _fit(_task(plan, settings, job_id, directory), settings.training, directory)
-            result = _result(directory / EVENTS_FILE, error)
-            if error is None:
-                tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
-            else:
-                tell(JobFailed(job_id, error))
-    finally:
-        tell.close()
+    with _followed(job, on_event), job.writer("driver") as tell:
+        tell(JobStarted(job_id, tuple(plan.data), len(plan.shares)))
+        error = _fit(_task(plan, settings, job_id), settings.training, directory)
+        result = _result(job, error)
+        if error is None:
+            tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
+        else:
+            tell(JobFailed(job_id, error))
     return result
 
 
-def _task(plan: JobPlan, settings: JobAreas, job_id: str, directory: Path) -> WorkerTask:
+def _task(plan: JobPlan, settings: JobAreas, job_id: str) -> WorkerTask:
     return WorkerTask(
         spec=plan.spec,
         base=plan.base,
@@ -131,7 +125,6 @@ def _task(plan: JobPlan, settings: JobAreas, job_id: str, directory: Path) -> Wo
         storage=settings.storage,
         training=settings.training,
         job_id=job_id,
-        events=directory / EVENTS_FILE,
     )
 
 
@@ -176,11 +169,11 @@ def _telling_line(text: str) -> str:
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
-def _result(events: Path, error: str | None) -> JobResult:
+def _result(job: JobStore, error: str | None) -> JobResult:
     """The events are the job's memory: what was told last of an adapter holds, also after a resume."""
     published: dict[str, str] = {}
     failed: dict[str, str] = {}
-    for event in read_events(events).events:
+    for event in job.read_events().events:
         if isinstance(event, AdapterPublished):
             published[event.adapter] = event.version
             failed.pop(event.adapter, None)
@@ -191,26 +184,24 @@ def _result(events: Path, error: str | None) -> JobResult:
 
 
 @contextmanager
-def _followed(events: Path, start: int, on_event: EventSink) -> Iterator[None]:
-    """Tell `on_event` what is appended to a file while the block runs, to the last line.
+def _followed(job: JobStore, on_event: EventSink) -> Iterator[None]:
+    """Tell `on_event` what is told while the block runs, to the last event.
 
     An error of `on_event` ends the telling, not the block; it is raised at the end.
     """
     done = threading.Event()
 
-    def follow() -> None:
-        at = start
-        while True:
+    def follow(cursor: str) -> None:
+        is_last = False
+        while not is_last:
             is_last = done.wait(_POLL_S)
-            page = read_events(events, at)
-            at = page.next
+            page = job.read_events(cursor)
+            cursor = page.next
             for event in page.events:
                 on_event(event)
-            if is_last:
-                return
 
     with ThreadPoolExecutor(1, thread_name_prefix="training-events") as thread:
-        followed = thread.submit(follow)
+        followed = thread.submit(follow, job.read_events().next)
         try:
             yield
         finally:
@@ -224,16 +215,18 @@ def _train_share(config: Mapping[str, Any]) -> None:
     context = ray.train.get_context()
     cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
     torch.set_num_threads(task.training.threads or max(1, cores))
-    share = task.shares[context.get_world_rank()]
-    tell = EventWriter(task.events)
-    trainer = _trainer(task, share, tell)
-    first_round = _restore(trainer)
-    trainer.start()
-    for done in range(first_round + 1, task.num_rounds + 1):
-        for _ in range(task.spec.checkpoint_every_steps):
-            trainer.step()
-        _report(trainer, done)
-    tell.close()
+    rank = context.get_world_rank()
+    share = task.shares[rank]
+    with JobStore(open_store(task.storage), task.job_id).writer(f"worker-{rank}") as tell:
+        tell(WorkerStarted(rank, len(task.shares), socket.gethostname(), os.getpid(), share))
+        trainer = _trainer(task, share, tell)
+        first_round = _restore(trainer)
+        trainer.start()
+        for done in range(first_round + 1, task.num_rounds + 1):
+            for _ in range(task.spec.checkpoint_every_steps):
+                trainer.step()
+            tell.flush()
+            _report(trainer, done)
 
 
 def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> MultiAdapterTrainer:

@@ -48,7 +48,7 @@ def store_spec(store: ObjectStore, spec: TrainingSpec, job_id: str) -> str:
     Raises:
         InvalidRequestError: the id is that of another job.
     """
-    folder = f"jobs/{checked_name(job_id, param='job_id')}"
+    folder = f"jobs/{checked_name(job_id, param='job_id')}/spec"
     values = spec.model_dump(mode="json", exclude_none=True)
     for adapter, written in zip(spec.adapters, values["adapters"], strict=True):
         written["data"] = f"data/{adapter.name}.jsonl"

@@ -1,58 +1,48 @@
-"""Events are readable while they are written, by anyone, from anywhere in the file."""
+"""Events survive being written down."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+
+import pytest
 
 from training.events import (
     AdapterFailed,
     AdapterPublished,
     AdapterStep,
-    EventWriter,
     JobFinished,
     JobStarted,
-    read_events,
+    TrainingEvent,
+    event_line,
+    parse_event,
 )
 
-STEP = AdapterStep(
-    adapter="a", step=1, steps=2, loss=0.5, gradient_norm=1.0, learning_rate=8e-3, tokens_per_s=9.0
-)
 
-
-def test_events_come_back_as_they_were_told(tmp_path: Path) -> None:
-    told = (
-        JobStarted("job", ("a", "b"), 1),
-        STEP,
+@pytest.mark.parametrize(
+    "event",
+    [
+        JobStarted("job", ("a", "b"), 1, at_s=7.25),
+        AdapterStep("a", 1, 2, 0.5, gradient_norm=1.0, learning_rate=8e-3, tokens_per_s=9.0),
         AdapterPublished("a", "f" * 64, "latest"),
-        AdapterFailed("b", 3, "it broke"),
+        AdapterFailed("b", 3, "it broke\nin two lines"),
         JobFinished("job", ("a",), ("b",)),
-    )
-    tell = EventWriter(tmp_path / "deep" / "events.jsonl")
-    for event in told:
-        tell(event)
-    assert read_events(tmp_path / "deep" / "events.jsonl").events == told
+    ],
+)
+def test_an_event_comes_back_as_it_was_told(event: TrainingEvent) -> None:
+    line = event_line(event)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n")
+    again = parse_event(line)
+    assert again == event and again.at_s == event.at_s
 
 
-def test_a_reader_goes_on_where_it_was_and_never_sees_half_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "events.jsonl"
-    assert read_events(path).events == ()
-    tell = EventWriter(path)
-    tell(STEP)
-    page = read_events(path)
-    assert page.events == (STEP,)
-    with path.open("ab") as file:
-        file.write(b'{"event": "st')
-    assert read_events(path, page.next).events == ()
-    with path.open("ab") as file:
-        file.write(path.read_bytes()[len('{"event": "st') : page.next])
-    assert read_events(path, page.next).events == (STEP,)
+def test_a_number_that_is_not_finite_survives_json() -> None:
+    told = AdapterStep("a", 1, 2, math.nan, math.inf, learning_rate=8e-3, tokens_per_s=9.0)
+    again = parse_event(event_line(told))
+    assert isinstance(again, AdapterStep)
+    assert math.isnan(again.loss) and math.isnan(again.gradient_norm)
 
 
-def test_a_number_that_is_not_finite_survives_json(tmp_path: Path) -> None:
-    EventWriter(tmp_path / "e")(
-        AdapterStep("a", 1, 2, math.nan, math.inf, learning_rate=8e-3, tokens_per_s=9.0)
-    )
-    (event,) = read_events(tmp_path / "e").events
-    assert isinstance(event, AdapterStep)
-    assert math.isnan(event.loss) and math.isnan(event.gradient_norm)
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"event": "news"}', b'{"event": "step"}'])
+def test_what_is_no_event_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError):
+        parse_event(line)

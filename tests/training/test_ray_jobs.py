@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -26,17 +24,17 @@ from training.adapter_run import AdapterRun
 from training.backend import JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.events import (
-    EVENTS_FILE,
     AdapterStarted,
     AdapterStep,
     JobFinished,
     JobStarted,
     TrainingEvent,
-    read_events,
+    WorkerStarted,
 )
 from training.frozen_base import FrozenBase
 from training.job_plan import plan_job
-from training.job_settings import JobSettings, job_directory
+from training.job_settings import JobSettings
+from training.job_store import JobStore
 from training.ray_jobs import RayJobBackend
 from training.ray_train import run_training
 from training.spec import AdapterSpec, TrainingSpec
@@ -114,43 +112,30 @@ def rows_without_ray(spec: TrainingSpec) -> dict[str, AdapterRows]:
 class KillsTheWorkerOnce:
     """Follows a run, and at a step between two checkpoints kills -9 the process that trains."""
 
-    def __init__(self, events: Path, at_step: int) -> None:
+    def __init__(self, at_step: int) -> None:
         self.seen: list[TrainingEvent] = []
-        self.killed: list[int] = []
-        self._events = events
+        self.has_killed = False
         self._at_step = at_step
 
     def __call__(self, event: TrainingEvent) -> None:
         self.seen.append(event)
-        if isinstance(event, AdapterStep) and event.step >= self._at_step and not self.killed:
-            self.killed = [
-                process.pid
-                for process in psutil.process_iter()
-                if process.pid != os.getpid() and str(self._events) in _open_files(process)
-            ]
-            for pid in self.killed:
-                os.kill(pid, signal.SIGKILL)
-
-
-def _open_files(process: psutil.Process) -> Sequence[str]:
-    try:
-        return [file.path for file in process.open_files()]
-    except psutil.Error:
-        return []
+        if isinstance(event, AdapterStep) and event.step >= self._at_step and not self.has_killed:
+            (worker,) = (event for event in self.seen if isinstance(event, WorkerStarted))
+            os.kill(worker.pid, signal.SIGKILL)
+            self.has_killed = True
 
 
 def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
     ray_session: LocalCluster, settings: JobSettings, spec: TrainingSpec
 ) -> None:
-    events = job_directory(settings, "job-1") / EVENTS_FILE
     long = spec.adapters[1].model_copy(update={"steps": 90})
     spec = spec.model_copy(
         update={"checkpoint_every_steps": 20, "adapters": (spec.adapters[0], long)}
     )
-    watcher = KillsTheWorkerOnce(events, at_step=50)
+    watcher = KillsTheWorkerOnce(at_step=50)
     result = run_training(spec, settings, watcher, job_id="job-1")
 
-    assert len(watcher.killed) == 1
+    assert watcher.has_killed
     starts = [e for e in watcher.seen if isinstance(e, AdapterStarted) and e.adapter == "long"]
     assert [start.step for start in starts] in ([0, 20], [0, 40])
     assert result.is_success
@@ -159,7 +144,7 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
         version, rows = published_rows(settings, name)
         assert result.published[name] == version
         assert largest_difference(rows, expected[name]) <= 1e-6
-    told = read_events(events).events
+    told = JobStore(open_store(settings.storage), "job-1").read_events().events
     assert told == tuple(watcher.seen)
     assert isinstance(told[0], JobStarted) and isinstance(told[-1], JobFinished)
 
@@ -187,7 +172,7 @@ def test_a_submitted_job_trains_on_two_workers_and_publishes(
     log = list(backend.logs("job-2"))
     assert info.status is JobStatus.SUCCEEDED, log
     assert any("published 2 of 2 adapters" in line for line in log)
-    told = read_events(job_directory(settings, "job-2") / EVENTS_FILE).events
+    told = JobStore(open_store(settings.storage), "job-2").read_events().events
     assert isinstance(told[0], JobStarted) and told[0].workers == 2
     expected = rows_without_ray(spec)
     for name in ("short", "long"):
