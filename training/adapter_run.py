@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -15,6 +15,7 @@ from training.tokens import TokenSequence
 
 
 class RunStatus(StrEnum):
+    WAITING = "waiting"  # for a place
     TRAINING = "training"
     FINISHED = "finished"  # its rows are frozen, not published yet
     PUBLISHED = "published"
@@ -39,7 +40,7 @@ class AdapterRun:
     data: AdapterData
     num_steps: int
     stream: ExampleStream = field(init=False)
-    status: RunStatus = RunStatus.TRAINING
+    status: RunStatus = RunStatus.WAITING
     step: int = 0
     loss: float = math.nan
     best_held_out: float = math.inf
@@ -110,7 +111,9 @@ class AdapterRun:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.status = RunStatus(state["status"])
+        """Whoever was training waits for a place again."""
+        status = RunStatus(state["status"])
+        self.status = RunStatus.WAITING if status is RunStatus.TRAINING else status
         self.step = state["step"]
         self.stream.drawn = state["drawn"]
         self.loss = state["loss"]
@@ -118,3 +121,19 @@ class AdapterRun:
         self.best_step = state["best_step"]
         self.evaluations_since_best = state["evaluations_since_best"]
         self.outcome = state["outcome"]
+
+
+def next_waiting(runs: Sequence[AdapterRun], residents: Container[int]) -> int | None:
+    """Whose turn it is to get a place: who had one before, then who has most steps left, then who was named first.
+
+    None when all the others are over.
+    """
+    waiting = [
+        number for number, run in enumerate(runs) if not run.is_over and number not in residents
+    ]
+
+    def turn(number: int) -> tuple[bool, int]:
+        run = runs[number]
+        return run.step == 0, run.step - run.num_steps
+
+    return min(waiting, key=turn, default=None)

@@ -52,44 +52,48 @@ class MagnitudePlaces:
 
 
 class ProjectionMagnitudes:
-    """DoRA of all adapters that have it in one projection.
+    """DoRA of all adapters that have it in one projection: nobody until `hold`.
 
     Args:
         zeros: rows of the two blocks that are zeros for good.
     """
 
     def __init__(
-        self,
-        base: BaseLinear,
-        ins: RowBlock,
-        outs: RowBlock,
-        places: Sequence[MagnitudePlaces],
-        zeros: tuple[int, int],
+        self, base: BaseLinear, ins: RowBlock, outs: RowBlock, zeros: tuple[int, int]
     ) -> None:
-        self._base, self._ins, self._outs = base, ins, outs
-        device, dtype = outs.weight_KW.device, outs.weight_KW.dtype
-        most = max(len(place.q) for place in places)
+        self._base, self._ins, self._outs, self._zeros = base, ins, outs, zeros
+        weight_OI = base.dequantised_slice(slice(None), slice(None)).to(outs.weight_KW.dtype)
+        self._square_O = weight_OI.square().sum(1)
+        self.length_O = self._square_O.sqrt()
+        self.hold(())
+
+    def hold(self, places: Sequence[MagnitudePlaces]) -> None:
+        """Work for these adapters from now on."""
+        device, dtype = self._outs.weight_KW.device, self._outs.weight_KW.dtype
+        most = max((len(place.q) for place in places), default=0)
 
         def padded(rows: Sequence[tuple[int, ...]], zero: int) -> Tensor:
-            return torch.tensor([[*row, *(zero,) * (most - len(row))] for row in rows]).to(device)
+            table = [[*row, *(zero,) * (most - len(row))] for row in rows]
+            return torch.tensor(table, dtype=torch.int64, device=device).view(len(rows), most)
 
-        def vector(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, device=device)
+        def vector(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
-        self._p_DK = padded([place.p for place in places], zeros[0])
-        self._q_DK = padded([place.q for place in places], zeros[1])
+        self._is_idle = not places
+        self._p_DK = padded([place.p for place in places], self._zeros[0])
+        self._q_DK = padded([place.q for place in places], self._zeros[1])
         read_DK = padded([place.read_q for place in places], -1)
         self._is_row_DK = read_DK >= 0
         self._read_q = read_DK[self._is_row_DK]
         self._magnitude_D = vector([place.magnitude for place in places])
         self._read_scale_D = vector([place.read_scale for place in places])
-        self._gate_D11 = vector([place.gate for place in places]).to(dtype)[:, None, None]
-        weight_OI = base.dequantised_slice(slice(None), slice(None)).to(dtype)
-        self._square_O = weight_OI.square().sum(1)
-        self.length_O = self._square_O.sqrt()
+        gates = [place.gate for place in places]
+        self._gate_D11 = torch.tensor(gates, dtype=dtype, device=device)[:, None, None]
         self._scale_D1O = self._norm_DO = torch.empty(0)  # of the last refresh
 
     def refresh(self) -> None:
+        if self._is_idle:
+            return
         q_DKO = self._outs.weight_KW[self._q_DK]
         self._norm_DO = self._norms(q_DKO)
         magnitude_DO = self.length_O + self._outs.weight_KW[self._magnitude_D]
@@ -98,6 +102,8 @@ class ProjectionMagnitudes:
         self._outs.weight_KW[self._read_scale_D] = self._scale_D1O[:, 0] - 1
 
     def pull_gradients(self) -> None:
+        if self._is_idle:
+            return
         gradient_KW = self._outs.gradient_KW
         of_read_DKO = gradient_KW.new_zeros(*self._is_row_DK.shape, gradient_KW.shape[1])
         of_read_DKO[self._is_row_DK] = gradient_KW[self._read_q]
@@ -120,7 +126,7 @@ class ProjectionMagnitudes:
 class ScaledBiases:
     """The base bias of one projection under the scales of all adapters that scale it."""
 
-    def __init__(self, bias_O: Tensor, outs: RowBlock, places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, bias_O: Tensor, outs: RowBlock, places: Sequence[tuple[int, ...]]) -> None:
         """`places`: the rows of each adapter's scale, which is trained, and of its bias."""
         self._outs = outs
         self._bias_O = bias_O.to(outs.weight_KW.dtype)

