@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from storage.errors import AdapterRefusedError, FloraError, InvalidRequestError, UnknownModelError
+from storage.errors import (
+    AdapterRefusedError,
+    FloraError,
+    InvalidRequestError,
+    NotFoundError,
+    UnknownModelError,
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -16,6 +22,6 @@ class CommandFailedError(FloraError):
 
 def exit_code(error: BaseException) -> int:
     """What the shell is told. What the user can put right by asking differently is 2; Ctrl-C is a failure."""
-    if isinstance(error, InvalidRequestError | UnknownModelError | AdapterRefusedError):
+    if isinstance(error, InvalidRequestError | NotFoundError | UnknownModelError | AdapterRefusedError):
         return EXIT_USAGE
     return EXIT_FAILED

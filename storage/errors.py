@@ -65,6 +65,12 @@ class UnknownModelError(FloraError):
     code = "model_not_found"
 
 
+class NotFoundError(FloraError):
+    """There is no such file or training job. Also told for another tenant's."""
+
+    code = "not_found"
+
+
 class AdapterRefusedError(FloraError):
     """An adapter's files break a rule: says which tensor or setting, and why."""
 

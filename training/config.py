@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,8 +13,32 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    backend: Literal["ray", "kubernetes"] = Field(
+        default="ray", description="Jobs run on a Ray cluster that is up, or each as a RayJob object."
+    )
     job_address: str | None = Field(
         default=None, description="The Ray job address of another cluster; this one when unset."
+    )
+    kubernetes_template: Path = Field(
+        default=Path("k8s/training.yaml"),
+        description="The RayJob that every job's is made from; relative to the checkout.",
+    )
+    batch_wait_s: float = Field(
+        default=5.0, ge=0, le=3600, description="How long a job of the API waits for company."
+    )
+    max_batch_adapters: int = Field(
+        default=64, ge=1, le=1024, description="Jobs of the API in one training job."
+    )
+    max_attempts: int = Field(
+        default=3, ge=1, le=100, description="How often a job of the API is started when its driver dies."
+    )
+    batch_checkpoint_every_steps: int = Field(
+        default=20,
+        ge=1,
+        description="Of training jobs made of jobs of the API; a cancelled one ends at its next checkpoint.",
+    )
+    max_file_bytes: int = Field(
+        default=100 << 20, ge=1, le=1 << 30, description="Of one uploaded file of examples."
     )
     num_workers: int = Field(default=1, ge=1, le=1024)
     cpus_per_worker: float = Field(

@@ -5,6 +5,7 @@ A specification and its data lie in one folder of the store; as on a disk, relat
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from storage.errors import InvalidRequestError, SpecificationError
@@ -39,6 +40,20 @@ def fetch_spec(store: ObjectStore, key: str, directory: Path) -> Path:
     return directory / name
 
 
+def spec_key(job_id: str) -> str:
+    """Where the specification of a job is stored. Raises InvalidRequestError for an id that is not a valid name."""
+    return f"jobs/{checked_name(job_id, param='job_id')}/spec/spec.json"
+
+
+def stored_adapters(store: ObjectStore, job_id: str) -> frozenset[str]:
+    """The names of the adapters that a job shall make. Raises SpecificationError when there is no specification."""
+    try:
+        values = json.loads(store.get(spec_key(job_id)).data)
+    except ObjectNotFoundError:
+        raise SpecificationError(f"the job {job_id!r} has no specification in the store") from None
+    return frozenset(adapter["name"] for adapter in values["adapters"])
+
+
 def store_spec(store: ObjectStore, spec: TrainingSpec, job_id: str) -> str:
     """Put a specification and its data into the folder of a job; returns the key to submit.
 
@@ -48,7 +63,8 @@ def store_spec(store: ObjectStore, spec: TrainingSpec, job_id: str) -> str:
     Raises:
         InvalidRequestError: the id is that of another job.
     """
-    folder = f"jobs/{checked_name(job_id, param='job_id')}/spec"
+    key = spec_key(job_id)
+    folder = key.rpartition("/")[0]
     values = spec.model_dump(mode="json", exclude_none=True)
     for adapter, written in zip(spec.adapters, values["adapters"], strict=True):
         written["data"] = f"data/{adapter.name}.jsonl"
@@ -57,7 +73,6 @@ def store_spec(store: ObjectStore, spec: TrainingSpec, job_id: str) -> str:
             held_out = f"held-out/{adapter.name}.jsonl"
             written["evaluation"]["data"] = held_out
             _create(store, f"{folder}/{held_out}", adapter.evaluation.data.read_bytes(), job_id)
-    key = f"{folder}/spec.json"
     _create(store, key, canonical_json(values), job_id)
     return key
 

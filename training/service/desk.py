@@ -1,0 +1,307 @@
+"""The desk that jobs of the API go over: looks at their files, puts them into batches, and tells what became of them.
+
+Everything it knows lies in the store. A desk may die at any line, and the next one goes on: a batch is decided by the
+records of its jobs, what it trains by the specification stored for it, which is written once; and starting it again is
+no second start. Two desks at once do double work and no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from storage.base_checkpoint import BaseFacts
+from storage.errors import FloraError, InvalidRequestError, NotFoundError, SpecificationError
+from storage.object_store import ObjectStore
+from training.backend import JobBackend, JobInfo, JobStatus
+from training.config import TrainingSettings
+from training.events import Cursor
+from training.examples import read_examples
+from training.initial_rows import check_targets
+from training.job_store import JobStore
+from training.service.batching import due_batches
+from training.service.files import UploadedFiles
+from training.service.job import Fault, FineTuningJob, FineTuningStatus, new_batch_id
+from training.service.outcome import Outcome
+from training.service.records import Change, JobRecords
+from training.spec import AdapterSpec, TrainingSpec
+from training.stored_spec import spec_key, store_spec, stored_adapters
+
+_FILE = "invalid_training_file"
+_FAILED = "training_failed"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Followed:
+    """What this desk has read of a batch."""
+
+    adapters: frozenset[str]
+    cursor: Cursor = field(default_factory=Cursor)
+    outcome: Outcome = field(default_factory=Outcome)
+    stopped: set[str] = field(default_factory=set)
+
+
+class Desk:
+    """For the jobs of one base. One thread.
+
+    Args:
+        read_base: the facts of that base; slow, asked once.
+        backend: where batches run.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        base_id: str,
+        read_base: Callable[[], BaseFacts],
+        store: ObjectStore,
+        backend: JobBackend,
+        settings: TrainingSettings,
+        clock: Callable[[], float],
+    ) -> None:
+        self._base_id = base_id
+        self._read_base = read_base
+        self._base: BaseFacts | None = None
+        self._store = store
+        self._records = JobRecords(store)
+        self._files = UploadedFiles(store, clock)
+        self._backend = backend
+        self._settings = settings
+        self._clock = clock
+        self._followed: dict[str, _Followed] = {}
+
+    def tick(self) -> bool:
+        """Do all that can be done now. False when there is no job to see to.
+
+        One batch in trouble holds up no other: what it met is logged, and tried again next time.
+        """
+        jobs = self._records.open(self._base_id)
+        jobs = [self._validated(job) for job in jobs]
+        for batch in due_batches(
+            jobs,
+            self._clock(),
+            wait_s=self._settings.batch_wait_s,
+            largest=self._settings.max_batch_adapters,
+        ):
+            batch_id = new_batch_id(self._clock())
+            assigned = {job.job_id: self._assign(job, batch_id, len(batch)) for job in batch}
+            jobs = [assigned.get(job.job_id, job) for job in jobs]
+        batches: dict[str, list[FineTuningJob]] = {}
+        for job in jobs:
+            if job.batch is not None:
+                batches.setdefault(job.batch, []).append(job)
+            elif job.status.is_final:
+                self._records.put_away(job)
+        for batch_id, members in batches.items():
+            try:
+                self._see_to(batch_id, members)
+            except FloraError as error:
+                _log.warning("%s: %s", batch_id, error.message)
+        self._followed = {name: one for name, one in self._followed.items() if name in batches}
+        return bool(jobs)
+
+    # A job's files.
+
+    def _validated(self, job: FineTuningJob) -> FineTuningJob:
+        if job.status is not FineTuningStatus.VALIDATING:
+            return job
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self._check(self._adapter(job, Path(folder)))
+        except _BadFile as error:
+            fault = Fault(code=_FILE, message=error.message, param=error.param)
+            return self._change(job, lambda current: current.failed(fault, self._clock()))
+        except InvalidRequestError as error:
+            fault = Fault(code=error.code, message=error.message, param=error.param)
+            return self._change(job, lambda current: current.failed(fault, self._clock()))
+        return self._change(job, lambda current: current.validated(self._clock()))
+
+    def _adapter(self, job: FineTuningJob, folder: Path) -> AdapterSpec:
+        """What a job asks for, its files fetched and read. Raises _BadFile, InvalidRequestError."""
+        asked = job.request
+        data = self._fetched(job, asked.training_file, "training_file", folder / "training")
+        held_out = None
+        if asked.validation_file is not None:
+            place = folder / "validation"
+            held_out = self._fetched(job, asked.validation_file, "validation_file", place)
+        try:
+            return job.adapter_spec(str(data), None if held_out is None else str(held_out))
+        except ValidationError as error:
+            raise SpecificationError(error.errors()[0]["msg"], param="adapter") from None
+
+    def _fetched(self, job: FineTuningJob, file_id: str, param: str, folder: Path) -> Path:
+        folder.mkdir()
+        try:
+            file = self._files.get(job.request.tenant, file_id)
+            path = self._files.fetch(file, folder)
+            read_examples(path)
+        except (NotFoundError, SpecificationError) as error:
+            raise _BadFile(error.message, param=param) from None
+        return path
+
+    def _check(self, adapter: AdapterSpec) -> None:
+        self._base = self._base or self._read_base()
+        try:
+            check_targets(adapter, self._base.projections)
+        except SpecificationError as error:
+            raise SpecificationError(error.message, param=f"adapter.{error.param}") from None
+
+    # A batch.
+
+    def _assign(self, job: FineTuningJob, batch_id: str, count: int) -> FineTuningJob:
+        return self._change(job, lambda current: current.assigned(batch_id, count, self._clock()))
+
+    def _see_to(self, batch_id: str, members: Sequence[FineTuningJob]) -> None:
+        if all(job.status.is_final for job in members):
+            self._end(batch_id, members)
+            return
+        batch = self._batch(batch_id, members)
+        if batch is None:
+            return
+        for job in members:
+            if job.name not in batch.adapters:
+                # Assigned by a desk that did not know the batch was on its way already.
+                self._return(job, "its batch began without it; it is queued again")
+        members = [job for job in members if job.name in batch.adapters]
+        info = self._info(batch_id, members)
+        job_store = JobStore(self._store, batch_id)
+        for job in members:
+            if job.status is FineTuningStatus.CANCELLED and job.name not in batch.stopped:
+                job_store.stop(job.name)
+                batch.stopped.add(job.name)
+        # The events are read after the status: when that is final, this is all there is.
+        page = job_store.read_events(batch.cursor)
+        batch.cursor = page.next
+        for event in page.events:
+            batch.outcome.see(event)
+        members = [self._settled(job, batch.outcome) for job in members]
+        if info.status.is_final:
+            self._conclude(batch_id, members, info, batch.outcome)
+
+    def _batch(self, batch_id: str, members: Sequence[FineTuningJob]) -> _Followed | None:
+        """What is known of a batch, whose specification is stored now; None when nobody is left to be trained."""
+        if batch_id not in self._followed:
+            if not self._store.exists(spec_key(batch_id)):
+                self._store_batch(batch_id, [job for job in members if not job.status.is_final])
+            try:
+                self._followed[batch_id] = _Followed(stored_adapters(self._store, batch_id))
+            except SpecificationError:
+                return None
+        return self._followed[batch_id]
+
+    def _store_batch(self, batch_id: str, members: Sequence[FineTuningJob]) -> None:
+        asked = members[0].request
+        with tempfile.TemporaryDirectory() as folder:
+            adapters = []
+            for job in members:
+                place = Path(folder) / job.job_id
+                place.mkdir()
+                try:
+                    adapters.append(self._adapter(job, place))
+                except _BadFile as error:  # deleted since it was looked at
+                    self._fail(job, Fault(code=_FILE, message=error.message, param=error.param))
+            if not adapters:
+                return
+            spec = TrainingSpec(
+                base=asked.base,
+                base_id=asked.base_id,
+                tenant=asked.tenant,
+                dtype=asked.dtype,
+                checkpoint_every_steps=self._settings.batch_checkpoint_every_steps,
+                adapters=tuple(adapters),
+            )
+            store_spec(self._store, spec, batch_id)
+
+    def _info(self, batch_id: str, members: Sequence[FineTuningJob]) -> JobInfo:
+        """How the batch is, started if it has not been."""
+        if all(job.attempts == 0 for job in members):
+            return self._start(batch_id, members, attempt=1)
+        try:
+            return self._backend.get(batch_id)
+        except NotFoundError:
+            # Its cluster is gone, or a desk died between its word and its deed.
+            return JobInfo(batch_id, JobStatus.FAILED, "the cluster does not know the job any more")
+
+    def _start(self, batch_id: str, members: Iterable[FineTuningJob], attempt: int) -> JobInfo:
+        for job in members:
+            self._change(job, lambda current: current.attempted(attempt))
+        return self._backend.submit(spec_key(batch_id), batch_id)
+
+    def _settled(self, job: FineTuningJob, outcome: Outcome) -> FineTuningJob:
+        """What the events say of one job."""
+        name, now_s = job.name, self._clock()
+        if name in outcome.started and job.status is FineTuningStatus.QUEUED:
+            job = self._change(job, lambda current: current.running(now_s))
+        if name in outcome.published and not job.status.is_final:
+            version, tokens = outcome.published[name], outcome.tokens(name)
+            job = self._change(job, lambda current: current.succeeded(version, tokens, now_s))
+        elif name in outcome.failed:
+            job = self._fail(job, Fault(code=_FAILED, message=outcome.failed[name]))
+        return job
+
+    def _conclude(
+        self,
+        batch_id: str,
+        members: Sequence[FineTuningJob],
+        info: JobInfo,
+        outcome: Outcome,
+    ) -> None:
+        """The training job has ended; what shall be of the jobs it said nothing of."""
+        left = [job for job in members if not job.status.is_final]
+        if not left:
+            return
+        now_s = self._clock()
+        if info.status is JobStatus.CANCELLED:
+            message = "the training job was cancelled on its cluster"
+            for job in left:
+                self._change(job, lambda current: current.cancelled(now_s, message))
+            return
+        has_a_say = outcome.failure is not None or info.status is JobStatus.SUCCEEDED
+        attempt = max(job.attempts for job in left)
+        if not has_a_say and attempt < self._settings.max_attempts:
+            self._start(batch_id, left, attempt + 1)
+            return
+        reason = outcome.failure or info.message or "the training job ended without a word of it"
+        if len(members) > 1 and not outcome.started:
+            # One of them may be to blame for all.
+            for job in left:
+                self._return(
+                    job, f"its batch did not start ({reason}); it is tried alone", is_alone=True
+                )
+            return
+        for job in left:
+            self._fail(job, Fault(code=_FAILED, message=reason))
+
+    def _end(self, batch_id: str, members: Sequence[FineTuningJob]) -> None:
+        """Nobody waits for anything of the batch any more."""
+        if all(job.status is FineTuningStatus.CANCELLED for job in members) and any(
+            job.attempts for job in members
+        ):
+            with suppress(NotFoundError):  # gone with its cluster
+                self._backend.cancel(batch_id)
+        for job in members:
+            self._records.put_away(job)
+
+    def _return(self, job: FineTuningJob, reason: str, *, is_alone: bool = False) -> None:
+        batch_id, now_s = job.batch or "", self._clock()
+        self._change(
+            job, lambda current: current.returned(batch_id, now_s, reason, is_alone=is_alone)
+        )
+
+    def _fail(self, job: FineTuningJob, fault: Fault) -> FineTuningJob:
+        return self._change(job, lambda current: current.failed(fault, self._clock()))
+
+    def _change(self, job: FineTuningJob, change: Change) -> FineTuningJob:
+        return job if job.status.is_final else self._records.change(job, change)
+
+
+class _BadFile(InvalidRequestError):
+    """An uploaded file cannot be trained on; `param` is the request's field that names it."""

@@ -1,0 +1,139 @@
+"""Where jobs of the API are kept, and how several desks and ingresses change them without losing each other's word.
+
+    fine-tuning/jobs/<tenant>/<job>.json            the record, changed by compare-and-swap
+    fine-tuning/desks/<desk>/open/<tenant>/<job>    a job that the desk of its base has not put away yet
+    fine-tuning/requests/<tenant>/<digest>.json     which job a request with an idempotency key made
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import BaseModel, ConfigDict
+
+from storage.errors import InvalidRequestError, NotFoundError
+from storage.identity import canonical_json, sha256_hex
+from storage.index import parallel
+from storage.object_store import ObjectStore, PreconditionFailedError
+from storage.records import encode, read, swap
+from training.service.job import FineTuningJob, FineTuningRequest, new_job_id
+
+Change = Callable[[FineTuningJob], FineTuningJob | None]
+
+_ROOT = "fine-tuning"
+_DESK_DIGITS = 16
+
+
+class _Asked(BaseModel):
+    """What a request with an idempotency key made. `digest` is the request's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job_id: str
+    digest: str
+
+
+class JobRecords:
+    """Every method blocks, and raises StoreUnavailableError when the store cannot be reached."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    def create(
+        self, request: FineTuningRequest, now_s: float, idempotency_key: str | None = None
+    ) -> FineTuningJob:
+        """A new job; the one there is already when the same request came under the same key.
+
+        Raises:
+            InvalidRequestError: the key is that of another request.
+        """
+        job_id = new_job_id(now_s)
+        if idempotency_key is not None:
+            job_id = self._id_under_key(request, job_id, idempotency_key)
+        job = FineTuningJob.new(job_id, request, now_s)
+        # First the mark: a desk passes over one that has no record yet, and would never see a record without a mark.
+        self._store.put(_mark(job), b"{}")
+        try:
+            self._store.put_if_absent(_record(request.tenant, job_id), encode(job))
+        except PreconditionFailedError:
+            return self.get(request.tenant, job_id)
+        return job
+
+    def get(self, tenant: str, job_id: str) -> FineTuningJob:
+        """Raises NotFoundError, also for another tenant's job."""
+        found = self._find(tenant, job_id)
+        if found is None:
+            raise NotFoundError(
+                f"the fine-tuning job {job_id!r} does not exist", param="fine_tuning_job_id"
+            )
+        return found
+
+    def page(self, tenant: str, after: str | None, limit: int) -> tuple[list[FineTuningJob], bool]:
+        """A tenant's jobs, newest first, those older than `after`; and whether there are more."""
+        folder = f"{_ROOT}/jobs/{tenant}/"
+        ids = [one.key.removeprefix(folder).removesuffix(".json") for one in self._store.list(folder)]
+        ids = [one for one in reversed(ids) if after is None or one < after]
+        found = parallel(lambda job_id: self._find(tenant, job_id), ids[:limit])
+        return [job for job in found if job is not None], len(ids) > limit
+
+    def find(self, job_id: str) -> FineTuningJob | None:
+        """A job of any tenant."""
+        for one in self._store.list(f"{_ROOT}/jobs/"):
+            if one.key.endswith(f"/{job_id}.json"):
+                return read(self._store, one.key, FineTuningJob)
+        return None
+
+    def change(self, job: FineTuningJob, change: Change) -> FineTuningJob:
+        """The job as `change` leaves its newest state, which may be unchanged. Raises NotFoundError."""
+
+        def apply(current: FineTuningJob | None) -> FineTuningJob | None:
+            return None if current is None else change(current)
+
+        tenant = job.request.tenant
+        changed = swap(self._store, _record(tenant, job.job_id), FineTuningJob, apply)
+        return changed if changed is not None else self.get(tenant, job.job_id)
+
+    def open(self, base_id: str) -> list[FineTuningJob]:
+        """The jobs on the desk of a base, in the order they came."""
+        folder = f"{desk_folder(base_id)}open/"
+        names = [one.key.removeprefix(folder).split("/") for one in self._store.list(folder)]
+        found = parallel(lambda name: self._find(name[0], name[1]), names)
+        return sorted((job for job in found if job is not None), key=lambda job: job.job_id)
+
+    def put_away(self, job: FineTuningJob) -> None:
+        """The desk needs to do no more about a job."""
+        self._store.delete(_mark(job))
+
+    def _id_under_key(self, request: FineTuningRequest, job_id: str, key: str) -> str:
+        place = f"{_ROOT}/requests/{request.tenant}/{sha256_hex(key.encode())}.json"
+        # A seed that was not asked for is drawn anew each time.
+        digest = sha256_hex(canonical_json(request.model_dump(mode="json", exclude={"seed"})))
+        try:
+            self._store.put_if_absent(place, encode(_Asked(job_id=job_id, digest=digest)))
+        except PreconditionFailedError:
+            asked = read(self._store, place, _Asked)
+            if asked is None or asked.digest != digest:
+                raise InvalidRequestError(
+                    "this Idempotency-Key was sent with another request before",
+                    param="Idempotency-Key",
+                ) from None
+            return asked.job_id
+        return job_id
+
+    def _find(self, tenant: str, job_id: str) -> FineTuningJob | None:
+        if not (job_id.startswith("ftjob-") and job_id[6:].isalnum() and job_id.isascii()):
+            return None
+        return read(self._store, _record(tenant, job_id), FineTuningJob)
+
+
+def desk_folder(base_id: str) -> str:
+    """Of the desk that sees to the jobs of one base."""
+    return f"{_ROOT}/desks/{sha256_hex(base_id.encode())[:_DESK_DIGITS]}/"
+
+
+def _record(tenant: str, job_id: str) -> str:
+    return f"{_ROOT}/jobs/{tenant}/{job_id}.json"
+
+
+def _mark(job: FineTuningJob) -> str:
+    return f"{desk_folder(job.request.base_id)}open/{job.request.tenant}/{job.job_id}"
