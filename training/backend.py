@@ -1,14 +1,18 @@
 """Where a training job runs, behind one protocol.
 
-Back ends: `RayJobBackend` (a Ray cluster's job address, local or remote). A Kubernetes one makes a RayJob object.
+Back ends: `RayJobBackend` (a Ray cluster's job address, local or remote), `KubernetesJobBackend` (a RayJob object).
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from storage.errors import NotFoundError
+from training.stored_spec import STORED
 
 
 class JobStatus(StrEnum):
@@ -30,20 +34,30 @@ class JobInfo:
     message: str = ""
 
 
+def entrypoint(spec_key: str, job_id: str) -> str:
+    """The shell command that is a job, where its cluster is."""
+    return shlex.join(["python", "-m", "training.job", f"{STORED}{spec_key}", "--job-id", job_id])
+
+
+def unknown_job(job_id: str) -> NotFoundError:
+    return NotFoundError(f"there is no training job {job_id!r}", param="job_id")
+
+
 class JobBackend(Protocol):
-    """Raises `StoreUnavailableError` never; `OverloadedError` when the cluster cannot be reached."""
+    """Every method raises OverloadedError when the cluster cannot be reached, StoreUnavailableError never."""
 
     def submit(self, spec_key: str, job_id: str) -> JobInfo:
         """Start the job whose specification lies in the registry's store under `spec_key`.
 
-        `job_id` is the idempotency key: submitting it again returns the job that exists.
+        `job_id` is the idempotency key: a job that is queued, runs, succeeded or was cancelled is left as it is. For
+        one whose last attempt failed or died another attempt begins, which goes on from the job's checkpoint.
         """
 
     def get(self, job_id: str) -> JobInfo:
-        """Raises InvalidRequestError for an unknown job."""
+        """The job's last attempt. Raises NotFoundError for an unknown job."""
 
     def cancel(self, job_id: str) -> JobInfo:
-        """Stop the job; no error when it has ended already."""
+        """Stop the job; no error when it has ended already. Raises NotFoundError."""
 
     def logs(self, job_id: str) -> Iterator[str]:
-        """The driver's output so far."""
+        """The output of the last attempt's driver so far. Raises NotFoundError."""

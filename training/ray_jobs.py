@@ -6,19 +6,19 @@ never passed on in a job's environment or metadata.
 
 from __future__ import annotations
 
-import shlex
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus as RayStatus
 from ray.job_submission import JobSubmissionClient
 
-from storage.errors import InvalidRequestError, OverloadedError
+from storage.errors import OverloadedError
 from storage.identity import checked_name
-from training.backend import JobInfo, JobStatus
+from training.backend import JobInfo, JobStatus, entrypoint, unknown_job
 from training.job_settings import JobSettings, as_environment
-from training.stored_spec import STORED
 
 _STATUS = {
     RayStatus.PENDING: JobStatus.QUEUED,
@@ -48,63 +48,92 @@ class RayJobBackend:
     def submit(self, spec_key: str, job_id: str) -> JobInfo:
         checked_name(job_id, param="job_id")
         client = self._client()
+        last = _last_attempt(client, job_id)
+        if last is not None and last.info.status is not JobStatus.FAILED:
+            return last.info
+        attempt_id = _attempt_id(job_id, 1 if last is None else last.number + 1)
         environment: dict[str, object] = {"env_vars": as_environment(self._settings)}
         if self._working_dir is not None:
             environment["working_dir"] = str(self._working_dir)
-        entrypoint = shlex.join(
-            ["python", "-m", "training.job", f"{STORED}{spec_key}", "--job-id", job_id]
-        )
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=environment)
+            client.submit_job(
+                entrypoint=entrypoint(spec_key, job_id),
+                submission_id=attempt_id,
+                runtime_env=environment,
+            )
         except RuntimeError as error:
-            # The id is taken: the job exists, which is what was asked for. Anything else is a refusal.
-            known = _find(client, job_id)
-            if known is None:
+            # The id is taken: somebody else began the same attempt. Anything else is a refusal.
+            if _find(client, attempt_id) is None:
                 raise OverloadedError(f"the cluster did not take the job: {error}") from error
-            return known
         return self.get(job_id)
 
     def get(self, job_id: str) -> JobInfo:
-        known = _find(self._client(), job_id)
-        if known is None:
-            raise _unknown(job_id)
-        return known
+        return _known_attempt(self._client(), job_id).info
 
     def cancel(self, job_id: str) -> JobInfo:
         client = self._client()
-        known = _find(client, job_id)
-        if known is None:
-            raise _unknown(job_id)
-        if not known.status.is_final:
-            client.stop_job(job_id)
+        last = _known_attempt(client, job_id)
+        if not last.info.status.is_final:
+            client.stop_job(_attempt_id(job_id, last.number))
         return self.get(job_id)
 
     def logs(self, job_id: str) -> Iterator[str]:
         client = self._client()
-        if _find(client, job_id) is None:
-            raise _unknown(job_id)
-        yield from client.get_job_logs(job_id).splitlines()
+        last = _known_attempt(client, job_id)
+        yield from client.get_job_logs(_attempt_id(job_id, last.number)).splitlines()
 
     def _client(self) -> JobSubmissionClient:
         try:
-            return JobSubmissionClient(self._address)
+            client = JobSubmissionClient(self._address)
         except (OSError, RuntimeError, AuthenticationError) as error:
             raise OverloadedError(
                 f"the job server at {self._address or 'the default address'} cannot be used: {error}"
             ) from error
+        wanted = (self._address or "").rstrip("/")
+        if wanted.startswith("http") and client.get_address().rstrip("/") != wanted:
+            # Ray lets its variables override an address that is given.
+            raise OverloadedError(
+                f"RAY_API_SERVER_ADDRESS or RAY_ADDRESS names {client.get_address()}, but jobs are for {wanted}; "
+                "unset the variable"
+            )
+        return client
 
 
-def _find(client: JobSubmissionClient, job_id: str) -> JobInfo | None:
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    number: int  # from 1
+    info: JobInfo
+
+
+def _attempt_id(job_id: str, number: int) -> str:
+    """Ray's name of an attempt; it takes no name twice."""
+    return job_id if number == 1 else f"{job_id}--{number}"
+
+
+def _last_attempt(client: JobSubmissionClient, job_id: str) -> _Attempt | None:
+    last = None
+    for number in itertools.count(1):
+        found = _find(client, _attempt_id(job_id, number))
+        if found is None:
+            return last
+        last = _Attempt(number, replace(found, job_id=job_id))
+    raise AssertionError("attempts end")
+
+
+def _known_attempt(client: JobSubmissionClient, job_id: str) -> _Attempt:
+    last = _last_attempt(client, job_id)
+    if last is None:
+        raise unknown_job(job_id)
+    return last
+
+
+def _find(client: JobSubmissionClient, attempt_id: str) -> JobInfo | None:
     try:
-        found = client.get_job_info(job_id)
+        found = client.get_job_info(attempt_id)
     except OSError as error:  # what requests raises when nobody answers
         raise OverloadedError(f"the job server does not answer: {error}") from error
     except RuntimeError as error:
         if "does not exist" in str(error):
             return None
         raise OverloadedError(f"the job server refused: {error}") from error
-    return JobInfo(job_id, _STATUS[found.status], found.message or "")
-
-
-def _unknown(job_id: str) -> InvalidRequestError:
-    return InvalidRequestError(f"there is no training job {job_id!r}", param="job_id")
+    return JobInfo(attempt_id, _STATUS[found.status], found.message or "")
