@@ -14,7 +14,8 @@ class TrainingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     backend: Literal["ray", "kubernetes"] = Field(
-        default="ray", description="Jobs run on a Ray cluster that is up, or each as a RayJob object."
+        default="ray",
+        description="Jobs run on a Ray cluster that is up, or each as a RayJob object.",
     )
     job_address: str | None = Field(
         default=None, description="The Ray job address of another cluster; this one when unset."
@@ -30,7 +31,10 @@ class TrainingSettings(BaseModel):
         default=64, ge=1, le=1024, description="Jobs of the API in one training job."
     )
     max_attempts: int = Field(
-        default=3, ge=1, le=100, description="How often a job of the API is started when its driver dies."
+        default=3,
+        ge=1,
+        le=100,
+        description="How often a job of the API is started when its driver dies.",
     )
     batch_checkpoint_every_steps: int = Field(
         default=20,

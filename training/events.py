@@ -65,7 +65,10 @@ class AdapterStarted(TrainingEvent):
 
 @dataclass(frozen=True, slots=True)
 class AdapterStep(TrainingEvent):
-    """One optimizer step, which is number `step` of `steps`, from 1. The loss is the mean over its own batch."""
+    """One optimizer step, which is number `step` of `steps`, from 1. The loss is the mean over its own batch.
+
+    `tokens` went through the model for it, prompts included.
+    """
 
     kind: ClassVar[str] = "step"
     adapter: str
@@ -75,6 +78,7 @@ class AdapterStep(TrainingEvent):
     gradient_norm: float
     learning_rate: float
     tokens_per_s: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,11 @@ from training.events import (
     AdapterPublished,
     AdapterStarted,
     AdapterStep,
+    JobFailed,
     TrainingEvent,
 )
 from training.job_settings import JobSettings, job_directory, read_job_settings
+from training.job_store import JobStore
 from training.spec import TrainingSpec
 from training.spec_file import read_spec
 from training.stored_spec import STORED, fetch_spec
@@ -52,11 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = read_job_settings(options.settings)
         job_id = options.job_id or new_job_id(options.spec)
-        spec = _read(options.spec, job_id, settings, dict(options.set))
-        # Not before: this brings torch, and what is wrong with a specification should be told at once.
-        from training.ray_train import run_training
-
-        result = run_training(spec, settings, log_event, job_id=job_id)
+        result = _run(options.spec, job_id, settings, dict(options.set))
     except InvalidRequestError as error:
         logger.error("%s", error.message)
         return EXIT_WRONG_INPUT
@@ -65,6 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     _log_result(result)
     return EXIT_OK if result.is_success else EXIT_FAILED
+
+
+def _run(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, Any]) -> JobResult:
+    try:
+        checked = _read(spec, job_id, settings, overrides)
+        # Not before: this brings torch, and what is wrong with a specification should be told at once.
+        from training.ray_train import run_training
+
+        return run_training(checked, settings, log_event, job_id=job_id)
+    except InvalidRequestError as error:
+        # Whoever waits for the job reads its events, not its log.
+        with JobStore(open_store(settings.storage), job_id).writer("driver") as tell:
+            tell(JobFailed(job_id, error.message))
+        raise
 
 
 def new_job_id(spec: str) -> str:

@@ -3,6 +3,7 @@
     jobs/<job>/spec/…                          its specification and data      (training/stored_spec.py)
     jobs/<job>/events/<writer>-<nnnn>.jsonl    lines of one process that told something
     jobs/<job>/files/<name>                    such as loss.png
+    jobs/<job>/stop/<adapter>                  it shall not go on; somebody cancelled it
     jobs/<job>/checkpoints/…                   what a resume goes on from      (training/checkpoints.py)
 
 An object store cannot append. A writer puts its current object again, longer; when that is long enough it begins the
@@ -59,6 +60,7 @@ class JobStore:
     def __init__(self, store: ObjectStore, job_id: str) -> None:
         self.folder = f"jobs/{checked_name(job_id, param='job_id')}/"
         self._events = f"{self.folder}events/"
+        self._stops = f"{self.folder}stop/"
         self._store = store
 
     def writer(self, name: str, clock: Callable[[], float] = time.time) -> EventWriter:
@@ -97,6 +99,14 @@ class JobStore:
     def get_file(self, name: str) -> bytes:
         """Raises ObjectNotFoundError."""
         return self._store.get(self._file(name)).data
+
+    def stop(self, adapter: str) -> None:
+        """Ask the workers to stop one adapter at their next checkpoint; the others go on. May be repeated."""
+        self._store.put(self._stops + adapter, b"{}")
+
+    def stopped(self) -> frozenset[str]:
+        """The adapters that are to stop, or have."""
+        return frozenset(one.key.removeprefix(self._stops) for one in self._store.list(self._stops))
 
     def _file(self, name: str) -> str:
         return f"{self.folder}files/{name}"

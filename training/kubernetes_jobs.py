@@ -205,12 +205,14 @@ def _name(job_id: str) -> str:
 def _read_template(path: Path) -> dict[str, Any]:
     """Raises SpecificationError: it cannot be read, or is no RayJob."""
     try:
-        template = yaml.safe_load(path.read_text(encoding="utf-8"))
+        template: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecificationError(
             f"{path.name}: cannot be read: {error}", param="training.kubernetes_template"
         ) from None
-    is_job = isinstance(template, dict) and (template.get("apiVersion"), template.get("kind")) == _KIND
+    is_job = (
+        isinstance(template, dict) and (template.get("apiVersion"), template.get("kind")) == _KIND
+    )
     if not is_job or "rayClusterSpec" not in template.get("spec", {}):
         raise SpecificationError(
             f"{path.name}: is no RayJob with a rayClusterSpec", param="training.kubernetes_template"

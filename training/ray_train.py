@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from storage.base_checkpoint import BaseFacts
 from storage.config import StorageSettings
+from storage.errors import StoreUnavailableError
 from storage.registry import Registry
 from storage.stores import open_store
 from training.adapter_run import AdapterData, AdapterRun
@@ -217,16 +218,24 @@ def _train_share(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(task.training.threads or max(1, cores))
     rank = context.get_world_rank()
     share = task.shares[rank]
-    with JobStore(open_store(task.storage), task.job_id).writer(f"worker-{rank}") as tell:
+    job = JobStore(open_store(task.storage), task.job_id)
+    with job.writer(f"worker-{rank}") as tell:
         tell(WorkerStarted(rank, len(task.shares), socket.gethostname(), os.getpid(), share))
         trainer = _trainer(task, share, tell)
         first_round = _restore(trainer)
         trainer.start()
         for done in range(first_round + 1, task.num_rounds + 1):
+            _stop_cancelled(trainer, job)
             for _ in range(task.spec.checkpoint_every_steps):
                 trainer.step()
             tell.flush()
             _report(trainer, done)
+
+
+def _stop_cancelled(trainer: MultiAdapterTrainer, job: JobStore) -> None:
+    with suppress(StoreUnavailableError):  # it is looked for again at the next round
+        for adapter in job.stopped():
+            trainer.stop(adapter, "it was cancelled")
 
 
 def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> MultiAdapterTrainer:

@@ -143,6 +143,7 @@ class MultiAdapterTrainer:
                     gradient_norm=norms[number],
                     learning_rate=rates[number],
                     tokens_per_s=tokens / seconds,
+                    tokens=tokens,
                 )
             )
         self._evaluate([n for n in training if self.runs[n].is_training])
@@ -157,6 +158,12 @@ class MultiAdapterTrainer:
         """All steps of all adapters."""
         while not self.is_done:
             self.step()
+
+    def stop(self, adapter: str, reason: str) -> None:
+        """End one adapter unpublished; nothing when it is over already, or none of these."""
+        for number, run in enumerate(self.runs):
+            if run.name == adapter and not run.is_over:
+                self._fail(number, reason)
 
     # Checkpoints.
 
@@ -308,5 +315,6 @@ class MultiAdapterTrainer:
         run = self.runs[number]
         run.status, run.outcome = RunStatus.FAILED, reason
         self._best.pop(number, None)
-        self.rows.release(number)
+        if number in self.rows.residents:
+            self.rows.release(number)
         self._on_event(AdapterFailed(adapter=run.name, step=run.step, reason=reason))

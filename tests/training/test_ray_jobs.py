@@ -14,7 +14,7 @@ import torch
 from cli.local_cluster import LocalCluster
 from storage.adapter_rows import AdapterRows
 from storage.config import StorageSettings
-from storage.errors import InvalidRequestError
+from storage.errors import NotFoundError
 from storage.formats.peft import read_peft
 from storage.identity import AdapterName, AdapterVersion
 from storage.registry import Registry
@@ -193,7 +193,7 @@ def test_a_job_can_be_cancelled_and_an_unknown_one_is_told(
 ) -> None:
     backend = RayJobBackend(ray_session.dashboard_url, settings)
     for ask in (backend.get, backend.cancel, lambda job_id: list(backend.logs(job_id))):
-        with pytest.raises(InvalidRequestError, match="no training job 'nobody'"):
+        with pytest.raises(NotFoundError, match="no training job 'nobody'"):
             ask("nobody")
     endless = spec.adapters[1].model_copy(update={"steps": 10**6})
     key = store_spec(

@@ -229,3 +229,24 @@ def test_steps_come_from_epochs_and_the_size_of_the_data() -> None:
     )
     job.run()
     assert len(recorder.losses("a")) == 8  # 2.5 × 12 examples in fours
+
+
+def test_a_stopped_adapter_ends_unpublished_and_the_others_do_not_notice() -> None:
+    specs = [adapter(name, steps=6) for name in ("one", "two", "three")]
+    alone = trained(specs[0], specs[2])
+    recorder = Recorder()
+    many = trainer(*specs, recorder=recorder, max_resident=2)
+    many.step()
+    many.stop("two", "it was cancelled")
+    many.stop("nobody", "it was cancelled")
+    many.run()
+    (failed,) = recorder.of(AdapterFailed)
+    assert (failed.adapter, failed.step, failed.reason) == ("two", 1, "it was cancelled")
+    assert set(recorder.published) == {"one", "three"}
+    assert recorder.losses("one") == pytest.approx(alone.losses("one"), abs=1e-5)
+
+    waits = Recorder()
+    few = trainer(*specs, recorder=waits, max_resident=1)
+    few.stop("three", "it was cancelled")  # which has no rows yet
+    few.run()
+    assert set(waits.published) == {"one", "two"}

@@ -21,7 +21,6 @@ from storage.errors import FloraError, InvalidRequestError, NotFoundError, Speci
 from storage.object_store import ObjectStore
 from training.backend import JobBackend, JobInfo, JobStatus
 from training.config import TrainingSettings
-from training.events import Cursor
 from training.examples import read_examples
 from training.initial_rows import check_targets
 from training.job_store import JobStore
@@ -44,7 +43,7 @@ class _Followed:
     """What this desk has read of a batch."""
 
     adapters: frozenset[str]
-    cursor: Cursor = field(default_factory=Cursor)
+    cursor: str = ""
     outcome: Outcome = field(default_factory=Outcome)
     stopped: set[str] = field(default_factory=set)
 

@@ -58,7 +58,10 @@ class UploadedFiles:
         """Keep a file, read from its beginning. Raises InvalidRequestError for a name that no file could have."""
         filename = _checked_filename(filename)
         content.seek(0)
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while piece := content.read(_PART_BYTES):
+            digest.update(piece)
+        sha256 = digest.hexdigest()
         name = hashlib.sha256(canonical_json([tenant, filename, PURPOSE, sha256])).hexdigest()
         file = UploadedFile(
             file_id=f"file-{name[:_ID_DIGITS]}",
@@ -88,7 +91,9 @@ class UploadedFiles:
 
     def of(self, tenant: str) -> list[UploadedFile]:
         """All of a tenant's, newest first."""
-        keys = [one.key for one in self._store.list(f"files/{tenant}/") if one.key.endswith(_RECORD)]
+        keys = [
+            one.key for one in self._store.list(f"files/{tenant}/") if one.key.endswith(_RECORD)
+        ]
         found = parallel(lambda key: read(self._store, key, UploadedFile), keys)
         files = [one for one in found if one is not None]
         return sorted(files, key=lambda file: (-file.created_s, file.file_id))

@@ -1,4 +1,4 @@
-"""One fine-tuning job of the API: what was asked for, and how far it has come. Pure: no store, and the clock is passed in.
+"""One fine-tuning job of the API: what was asked for, and how far it has come. Pure, with the time passed in.
 
     validating_files → queued → running → succeeded | failed
     cancelled from each of the first three
@@ -131,7 +131,10 @@ class FineTuningJob(BaseModel):
         if self.status is not FineTuningStatus.VALIDATING:
             return None
         return self._changed(
-            now_s, "its files are valid; it is queued", status=FineTuningStatus.QUEUED, queued_s=now_s
+            now_s,
+            "its files are valid; it is queued",
+            status=FineTuningStatus.QUEUED,
+            queued_s=now_s,
         )
 
     def assigned(self, batch: str, count: int, now_s: float) -> Self | None:
@@ -193,9 +196,7 @@ class FineTuningJob(BaseModel):
     def cancelled(self, now_s: float, message: str = "the job was cancelled") -> Self | None:
         if self.status.is_final:
             return None
-        return self._changed(
-            now_s, message, status=FineTuningStatus.CANCELLED, finished_s=now_s
-        )
+        return self._changed(now_s, message, status=FineTuningStatus.CANCELLED, finished_s=now_s)
 
     def _changed(self, now_s: float, message: str, level: Level = "info", **fields: Any) -> Self:
         note = Note(at_s=now_s, level=level, message=message)

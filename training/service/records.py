@@ -1,8 +1,8 @@
 """Where jobs of the API are kept, and how several desks and ingresses change them without losing each other's word.
 
-    fine-tuning/jobs/<tenant>/<job>.json            the record, changed by compare-and-swap
-    fine-tuning/desks/<desk>/open/<tenant>/<job>    a job that the desk of its base has not put away yet
-    fine-tuning/requests/<tenant>/<digest>.json     which job a request with an idempotency key made
+fine-tuning/jobs/<tenant>/<job>.json            the record, changed by compare-and-swap
+fine-tuning/desks/<desk>/open/<tenant>/<job>    a job that the desk of its base has not put away yet
+fine-tuning/requests/<tenant>/<digest>.json     which job a request with an idempotency key made
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class JobRecords:
     def page(self, tenant: str, after: str | None, limit: int) -> tuple[list[FineTuningJob], bool]:
         """A tenant's jobs, newest first, those older than `after`; and whether there are more."""
         folder = f"{_ROOT}/jobs/{tenant}/"
-        ids = [one.key.removeprefix(folder).removesuffix(".json") for one in self._store.list(folder)]
+        ids = [
+            one.key.removeprefix(folder).removesuffix(".json") for one in self._store.list(folder)
+        ]
         ids = [one for one in reversed(ids) if after is None or one < after]
         found = parallel(lambda job_id: self._find(tenant, job_id), ids[:limit])
         return [job for job in found if job is not None], len(ids) > limit
