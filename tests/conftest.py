@@ -42,6 +42,27 @@ _CHATML = (
 )
 
 
+NEEDS_RAY = pytest.mark.xdist_group("ray")
+"""Of tests that start a Ray of their own."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """However many processes run the tests, those with a Ray stay in one: it starts once, and they are busy enough.
+
+    They take longest, so they come first. The tests of any other file stay together too, with what they share.
+    """
+    for item in items:
+        if isinstance(item, pytest.Function) and "ray_session" in item.fixturenames:
+            item.add_marker(NEEDS_RAY)
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: "ray" not in _groups(item))
+
+
+def _groups(item: pytest.Item) -> set[str]:
+    return {marker.args[0] for marker in item.iter_markers("xdist_group")}
+
+
 @dataclass(frozen=True, slots=True)
 class S3Endpoint:
     """A real S3 API over HTTP, with one empty bucket; credentials are in the environment."""

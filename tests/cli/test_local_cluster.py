@@ -15,6 +15,9 @@ import pytest
 
 from cli.local_cluster import LocalCluster, free_ports, start_cluster
 from storage.errors import OverloadedError
+from tests.conftest import NEEDS_RAY
+
+pytestmark = NEEDS_RAY
 
 
 def submit(cluster: LocalCluster, entrypoint: str) -> str:

@@ -16,6 +16,10 @@ import psutil
 import pytest
 import yaml
 
+from tests.conftest import NEEDS_RAY
+
+pytestmark = NEEDS_RAY
+
 BASE = "tiny-llama"
 START_TIMEOUT_S = 240
 
