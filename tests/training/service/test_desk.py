@@ -1,0 +1,251 @@
+"""What becomes of jobs, whatever dies on the way."""
+
+from __future__ import annotations
+
+import pytest
+
+from storage.object_store import ObjectStore
+from tests.training.service.desks import VERSION, World
+from training.job_store import JobStore
+from training.service.job import FineTuningJob, FineTuningStatus
+from training.stored_spec import stored_adapters
+
+VALIDATING, QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = FineTuningStatus
+
+
+@pytest.fixture
+def world(local: ObjectStore) -> World:
+    return World(local)
+
+
+def statuses(world: World, *jobs: FineTuningJob) -> list[FineTuningStatus]:
+    return [world.now(job).status for job in jobs]
+
+
+def batch_of(world: World, *jobs: FineTuningJob) -> str:
+    """The one batch they are in."""
+    (batch,) = {world.now(job).batch for job in jobs}
+    assert batch is not None
+    return batch
+
+
+def cancel(world: World, job: FineTuningJob) -> None:
+    world.records.change(job, lambda current: current.cancelled(world.clock()))
+
+
+def test_jobs_that_come_within_a_moment_train_together(world: World) -> None:
+    one = world.create("one")
+    world.tick()
+    assert statuses(world, one) == [QUEUED]
+    two = world.create("two")
+    world.tick(4)
+    assert world.cluster.submitted == [], "somebody else may come"
+    world.tick(1)
+    batch = batch_of(world, one, two)
+    assert world.cluster.submitted == [batch]
+
+    world.cluster.begin(batch)
+    world.tick()
+    assert statuses(world, one, two) == [RUNNING, RUNNING]
+    world.cluster.train(batch, "one")
+    world.tick()
+    assert statuses(world, one, two) == [SUCCEEDED, RUNNING]
+    world.cluster.train(batch, "two", fails="the loss of step 3 is not finite")
+    world.cluster.finish(batch)
+    world.tick()
+    done, failed = world.now(one), world.now(two)
+    assert (done.version, done.tokens, done.model) == (VERSION, 20, "one")
+    assert failed.fault is not None and failed.fault.message == "the loss of step 3 is not finite"
+    world.tick()
+    assert world.records.open("tiny") == [], "nothing is left to see to"
+    assert world.cluster.submitted == [batch]
+
+
+def test_a_broken_line_is_told_with_its_file_and_number_and_holds_nobody_up(world: World) -> None:
+    text = '{"prompt": "a", "completion": "b"}\n' * 36 + '{"prompt": "a"'
+    bad = world.create("bad", training_file=world.upload(lines=text, name="mine.jsonl"))
+    wrong = world.create("wrong", adapter={"rank": 1, "target_modules": ["k_proj"]})
+    good = world.create("good")
+    held_out = world.create("held-out", validation_file="file-0000")
+    world.tick()
+    assert statuses(world, bad, wrong, good, held_out) == [FAILED, FAILED, QUEUED, FAILED]
+    faults = [world.now(job).fault for job in (bad, wrong, held_out)]
+    assert [fault and fault.param for fault in faults] == [
+        "training_file",
+        "adapter.target_modules",
+        "validation_file",
+    ]
+    assert faults[0] is not None and "mine.jsonl, line 37" in faults[0].message
+    assert faults[1] is not None and "q_proj, v_proj" in faults[1].message
+
+
+def test_one_job_of_a_batch_is_cancelled_and_the_other_goes_on(world: World) -> None:
+    one, two = world.create("one"), world.create("two")
+    world.tick(0, 5)
+    batch = batch_of(world, one, two)
+    world.cluster.begin(batch)
+    cancel(world, one)
+    world.tick()
+    assert JobStore(world.store, batch).stopped() == {"one"}
+    world.cluster.train(batch, "one", fails="it was cancelled")
+    world.cluster.train(batch, "two")
+    world.cluster.finish(batch)
+    world.tick()
+    assert statuses(world, one, two) == [CANCELLED, SUCCEEDED]
+
+
+def test_when_all_are_cancelled_the_training_job_is(world: World) -> None:
+    one, two = world.create("one"), world.create("two")
+    world.tick(0, 5)
+    batch = batch_of(world, one, two)
+    cancel(world, one)
+    cancel(world, two)
+    world.tick()
+    assert world.cluster.get(batch).status.is_final
+    assert world.records.open("tiny") == []
+
+
+def test_a_job_cancelled_before_it_has_a_batch_never_gets_one(world: World) -> None:
+    one, two = world.create("one"), world.create("two")
+    world.tick()
+    cancel(world, one)
+    world.tick(5)
+    assert (world.now(one).batch, world.now(two).status) == (None, QUEUED)
+    assert len(world.cluster.submitted) == 1
+
+
+def test_a_training_job_that_dies_begins_again_and_at_last_fails(world: World) -> None:
+    job = world.create("one")
+    world.tick(0, 5)
+    batch = batch_of(world, job)
+    for attempt in (1, 2):
+        world.cluster.begin(batch)
+        world.cluster.die(batch)
+        world.tick()
+        assert world.cluster.submitted == [batch] * (attempt + 1)
+        assert world.now(job).attempts == attempt + 1
+    world.cluster.die(batch)
+    world.tick()
+    fault = world.now(job).fault
+    assert fault is not None and fault.message == "the driver was killed"
+    assert len(world.cluster.submitted) == world.settings.max_attempts
+
+
+def test_a_cluster_that_forgot_the_job_gets_it_again(world: World) -> None:
+    job = world.create("one")
+    world.tick(0, 5)
+    world.cluster.infos.clear()
+    world.tick()
+    assert world.cluster.submitted == [batch_of(world, job)] * 2
+
+
+def test_a_batch_that_is_refused_is_tried_one_by_one(world: World) -> None:
+    one, two = world.create("one"), world.create("two")
+    world.tick(0, 5)
+    batch = batch_of(world, one, two)
+    world.cluster.refuse(batch, "one: none of the 4 sequences fits")
+    world.tick(0, 0)
+    assert batch_of(world, one) != batch_of(world, two)
+    world.cluster.refuse(batch_of(world, one), "one: none of the 4 sequences fits")
+    world.cluster.begin(batch_of(world, two))
+    world.cluster.train(batch_of(world, two), "two")
+    world.tick()
+    assert statuses(world, one, two) == [FAILED, SUCCEEDED]
+    fault = world.now(one).fault
+    assert fault is not None and fault.message == "one: none of the 4 sequences fits"
+    assert len(world.cluster.submitted) == 3, "what is refused is not tried again"
+
+
+def test_jobs_of_two_tenants_or_types_never_share_a_batch(world: World) -> None:
+    ours, theirs = world.create("one"), world.create("one", tenant="other")
+    wide = world.create("wide", dtype="bfloat16")
+    world.tick(0, 5)
+    assert len({world.now(job).batch for job in (ours, theirs, wide)}) == 3
+
+
+def test_jobs_that_make_one_adapter_take_turns(world: World) -> None:
+    first, second = world.create("same"), world.create("same")
+    world.tick(0, 5)
+    assert world.now(second).batch is None
+    batch = batch_of(world, first)
+    world.cluster.begin(batch)
+    world.cluster.train(batch, "same")
+    world.cluster.finish(batch)
+    world.tick(0, 0)
+    assert world.now(second).batch not in (None, batch)
+
+
+def test_a_full_batch_does_not_wait(local: ObjectStore) -> None:
+    world = World(local, max_batch_adapters=2)
+    jobs = [world.create(f"a{n}") for n in range(3)]
+    world.tick()
+    assert [world.now(job).batch is not None for job in jobs] == [True, True, False]
+
+
+def test_a_cluster_that_is_away_for_a_while_costs_nothing(world: World) -> None:
+    job = world.create("one")
+    world.tick()
+    world.cluster.is_up = False
+    world.tick(5, 60)
+    assert statuses(world, job) == [QUEUED]
+    world.cluster.is_up = True
+    # Whether it was begun is not known: the cluster is asked.
+    world.tick()
+    assert len(world.cluster.submitted) == 1
+
+
+class Killed(BaseException):
+    """The process is gone: nothing catches it."""
+
+
+class Dying:
+    """A store that goes with its process at the n-th write."""
+
+    def __init__(self, store: ObjectStore, writes: int) -> None:
+        self._store = store
+        self._writes = writes
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("put", "put_if_absent", "compare_and_swap", "delete"):
+            self._writes -= 1
+            if self._writes < 0:
+                raise Killed
+        return getattr(self._store, name)
+
+
+@pytest.mark.parametrize("two_at_once", [False, True])
+def test_a_desk_that_dies_at_any_write_loses_and_doubles_no_job(
+    local: ObjectStore, two_at_once: bool
+) -> None:
+    """It is killed at its first write, the next one at its second, and so on until one lives."""
+    world = World(local)
+    jobs = [world.create("one"), world.create("two")]
+    other = world.new_desk()
+    for writes in range(1000):
+        mortal = World(Dying(local, writes))  # type: ignore[arg-type]
+        mortal.cluster, mortal.clock = world.cluster, world.clock
+        desk = mortal.new_desk()
+        try:
+            for _ in range(6):
+                desk.tick()
+                if two_at_once:
+                    other.tick()
+                world.clock.now_s += 5
+                for batch in set(world.cluster.submitted):
+                    if not world.cluster.get(batch).status.is_final:
+                        names = sorted(job.name for job in jobs if world.now(job).batch == batch)
+                        world.cluster.begin(batch)
+                        world.cluster.train(batch, *names)
+                        world.cluster.finish(batch)
+        except Killed:
+            continue
+        break
+    assert writes > 3, "it died somewhere"
+    assert statuses(world, *jobs) == [SUCCEEDED, SUCCEEDED]
+    batches = world.cluster.submitted
+    assert sorted(name for batch in batches for name in stored_adapters(local, batch)) == [
+        "one",
+        "two",
+    ], "each was trained, and once"
+    world.tick()
+    assert world.records.open("tiny") == []
