@@ -79,7 +79,7 @@ class AdapterAdmin:
             source=source,
             max_bytes=self._max_bytes,
         )
-        self._announce()
+        self.announce()
         return manifest
 
     def register(self, name: AdapterName, location: str, alias: str | None) -> Manifest:
@@ -100,30 +100,30 @@ class AdapterAdmin:
     def move_alias(self, name: AdapterName, alias: str, selector: str) -> AliasRecord:
         """Let an alias mean the version that `selector` means now."""
         record = self._registry.move_alias(name, alias, self._version(name, selector))
-        self._announce()
+        self.announce()
         return record
 
     def roll_back(self, name: AdapterName, alias: str) -> AliasRecord:
         record = self._registry.roll_back(name, alias)
-        self._announce()
+        self.announce()
         return record
 
     def pin(self, name: AdapterName, copies: int) -> None:
         self._registry.pin(name, copies)
-        self._announce()
+        self.announce()
 
     def unpin(self, name: AdapterName) -> None:
         self._registry.unpin(name)
-        self._announce()
+        self.announce()
 
     def delete(self, name: AdapterName) -> None:
         self._registry.delete(name)
-        self._announce()
+        self.announce()
 
     def delete_version(self, name: AdapterName, selector: str) -> AdapterVersion:
         version = self._version(name, selector)
         self._registry.delete_version(name, version)
-        self._announce()
+        self.announce()
         return version
 
     def _version(self, name: AdapterName, selector: str) -> AdapterVersion:
@@ -141,7 +141,8 @@ class AdapterAdmin:
             self._base = self._base or self._read_base()
             return self._base
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Tell whoever serves that the registry has something new."""
         self._on_change()
         with suppress(StoreUnavailableError):  # the change is made; the list follows it later
             self._models.refresh()

@@ -22,6 +22,7 @@ from deployments.metrics.exposition import Metrics
 from deployments.model_list import ModelList
 from deployments.model_names import ModelNames
 from deployments.text import TextCodec
+from deployments.training_service import TrainingService
 from deployments.upload import Uploads
 
 Result = TypeVar("Result")
@@ -47,6 +48,7 @@ class Api:
     models: LastGood[ModelList]
     admin: AdapterAdmin
     uploads: Uploads
+    training: TrainingService
     cluster_state: Callable[[], Awaitable[ClusterState]]
     metrics: Metrics
     text_threads: Executor = field(

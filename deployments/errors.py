@@ -74,6 +74,12 @@ class AlreadyLoadedError(InvalidRequestError):
     code = "adapter_already_loaded"
 
 
+class JobEndedError(InvalidRequestError):
+    """A training job has ended, and can no longer be changed."""
+
+    code = "job_ended"
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request's body is longer than what is accepted."""
 

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments import (
     adapters_api,
     cluster_api,
+    files_api,
+    fine_tuning_api,
     generation_api,
     lora_api,
     metrics_api,
@@ -37,7 +39,7 @@ _OPEN_TO_ALL = frozenset({"/health", "/version", "/docs", "/openapi.json"})
 _MAX_BODY_BYTES = 4 << 20
 """Of a request that is read into memory: 2^19 tokens as six digits, a comma and a space; or four million letters.
 
-It is parsed and validated in the event loop. Uploads of adapters have a bound of their own.
+It is parsed and validated in the event loop. Uploads have bounds of their own.
 """
 
 _log = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ def create_http_app(api: Api, *, is_behind_serve: bool = False) -> FastAPI:
         generation_api,
         models_api,
         adapters_api,
+        files_api,
+        fine_tuning_api,
         lora_api,
         cluster_api,
         service_api,
@@ -164,7 +168,7 @@ class _Door:
 def _bounded(receive: Receive, scope: Scope) -> Receive:
     """The request's body, up to where it is too much."""
     is_form = (_header(scope, b"content-type") or "").startswith("multipart/form-data")
-    if is_form and scope["path"] == adapters_api.UPLOAD_PATH:
+    if is_form and scope["path"] in (adapters_api.UPLOAD_PATH, files_api.FILES_PATH):
         return receive
     num_bytes = 0
 

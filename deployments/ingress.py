@@ -31,11 +31,14 @@ from deployments.model_names import ModelNames
 from deployments.settings import Settings
 from deployments.table_poller import shared_view
 from deployments.text import TextCodec
+from deployments.training_service import TrainingService
 from deployments.upload import Uploads
 from storage.base_checkpoint import read_base_facts
 from storage.errors import OverloadedError
 from storage.registry import Registry
 from storage.stores import open_store_when_used
+from training.backends import open_backend
+from training.service.desk import Desk
 from workers.models.loading import with_local_base
 
 _ANSWER_TIMEOUT_S = 5.0
@@ -65,6 +68,44 @@ def http_app_builder(
         for reading in (models, keys):
             reading.follow()
         engine = with_local_base(settings.engine, settings.storage)
+        names = ModelNames(
+            view,
+            registry,
+            lambda: models.last.published if models.last else None,
+            base_id,
+            settings.cluster.table_ttl_s,
+            on_news=lambda: _nudge(spec),
+        )
+        admin = AdapterAdmin(
+            registry,
+            base_id,
+            lambda: read_base_facts(Path(engine.base), base_id),
+            AdapterSources(settings.serve.adapter_sources, settings.storage),
+            models,
+            on_change=lambda: _nudge(spec),
+            max_bytes=settings.storage.max_adapter_bytes,
+        )
+
+        def on_published() -> None:
+            admin.announce()
+            names.forget()
+
+        training = TrainingService(
+            store,
+            settings.training,
+            base_id,
+            settings.engine.base,
+            lambda: Desk(
+                base_id,
+                lambda: read_base_facts(Path(engine.base), base_id),
+                store,
+                open_backend(settings, ray.get_runtime_context().gcs_address),
+                settings.training,
+                time.time,
+                on_published,
+            ),
+        )
+        training.follow()
         return create_http_app(
             Api(
                 base_id=base_id,
@@ -74,26 +115,12 @@ def http_app_builder(
                 doorkeeper=Doorkeeper(keys, allows_anonymous=settings.serve.allow_anonymous),
                 gateway=ServeGateway(serve.get_deployment_handle(engine_name, app_name)),
                 codec=TextCodec.open(engine),
-                names=ModelNames(
-                    view,
-                    registry,
-                    lambda: models.last.published if models.last else None,
-                    base_id,
-                    settings.cluster.table_ttl_s,
-                    on_news=lambda: _nudge(spec),
-                ),
+                names=names,
                 view=view,
                 models=models,
-                admin=AdapterAdmin(
-                    registry,
-                    base_id,
-                    lambda: read_base_facts(Path(engine.base), base_id),
-                    AdapterSources(settings.serve.adapter_sources, settings.storage),
-                    models,
-                    on_change=lambda: _nudge(spec),
-                    max_bytes=settings.storage.max_adapter_bytes,
-                ),
+                admin=admin,
                 uploads=Uploads(settings.storage.max_adapter_bytes),
+                training=training,
                 cluster_state=lambda: _cluster_state(spec),
                 metrics=Metrics(view),
             ),

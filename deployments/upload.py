@@ -1,9 +1,9 @@
-"""An adapter's files on their way in: from a request's body to unnamed temporary files, never more than is allowed."""
+"""Files on their way in: from a request's body to unnamed temporary files, never more than is allowed."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import IO
@@ -15,17 +15,37 @@ from deployments.multipart import MultipartReader, PartStart
 from storage.adapter_directory import ADAPTER_FILES
 from storage.errors import AdapterRefusedError, InvalidRequestError, OverloadedError
 
-_FIELDS = frozenset({"name", "alias", "tenant"})
 _MAX_FIELD_BYTES = 1024
 _BESIDE_THE_FILES_BYTES = 1 << 20  # of a body: boundaries, fields, a README that is passed over
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a multipart body may hold: `fields`, and files.
+
+    `file_of` says under which name a file is kept; None passes it over. Raises InvalidRequestError to refuse it.
+    """
+
+    fields: frozenset[str]
+    file_of: Callable[[PartStart], str | None]
+
+
+def _adapter_file(part: PartStart) -> str | None:
+    # Some clients send the directory with it.
+    name = (part.filename or "").replace("\\", "/").rpartition("/")[2]
+    return name if name in ADAPTER_FILES else None
+
+
+ADAPTER_FORM = Form(frozenset({"name", "alias", "tenant"}), _adapter_file)
+
+
 @dataclass
 class Upload:
-    """What came: fields by name, and the adapter's files."""
+    """What came: fields by name, files by the names they are kept under, and what the client called those."""
 
     fields: dict[str, str] = field(default_factory=dict)
     files: dict[str, IO[bytes]] = field(default_factory=dict)
+    filenames: dict[str, str] = field(default_factory=dict)
 
     def read(self) -> dict[str, bytes]:
         """The files' bytes by name. Raises AdapterRefusedError when none of them is an adapter's."""
@@ -46,27 +66,29 @@ class Uploads:
     What lies there has no name in any directory, so that it is gone with the request, whatever ends it.
     """
 
-    def __init__(self, max_bytes: int, at_once: int = 4) -> None:
+    def __init__(self, max_bytes: int, at_once: int = 4, form: Form = ADAPTER_FORM) -> None:
         self._max_bytes = max_bytes
         self._free = at_once
+        self._form = form
 
     @contextmanager
     def place(self) -> Iterator[_Receiver]:
         """Room for one upload, given back with all it holds at the end of the block. Raises OverloadedError."""
         if not self._free:
-            raise OverloadedError("too many adapters are being uploaded; try again in a moment")
+            raise OverloadedError("too many files are being uploaded; try again in a moment")
         self._free -= 1
         try:
             with ExitStack() as files:
-                yield _Receiver(files, self._max_bytes)
+                yield _Receiver(files, self._max_bytes, self._form)
         finally:
             self._free += 1
 
 
 class _Receiver:
-    def __init__(self, files: ExitStack, max_bytes: int) -> None:
+    def __init__(self, files: ExitStack, max_bytes: int, form: Form) -> None:
         self._files = files
         self._max_bytes = max_bytes
+        self._form = form
         self._upload = Upload()
         self._fields: dict[str, bytearray] = {}
         self._target: IO[bytes] | str | None = None
@@ -98,24 +120,24 @@ class _Receiver:
     def _check(self, num_bytes: int, limit: int) -> None:
         if num_bytes > limit:
             raise BodyTooLargeError(
-                f"the upload is larger than the {self._max_bytes:,} bytes an adapter may have"
+                f"the upload is larger than the {self._max_bytes:,} bytes that are allowed"
             )
 
     def _open(self, part: PartStart) -> IO[bytes] | str | None:
-        """Where a part's bytes go: a field, a file, or for files that are not an adapter's nowhere."""
+        """Where a part's bytes go: a field, a file, or for files that nobody wants nowhere."""
         if part.filename is None:
-            if part.name not in _FIELDS:
+            if part.name not in self._form.fields:
                 raise InvalidRequestError(f"there is no field {part.name!r}", param=part.name[:64])
             self._fields[part.name] = bytearray()
             return part.name
-        # Some clients send the directory with it.
-        name = part.filename.replace("\\", "/").rpartition("/")[2]
-        if name not in ADAPTER_FILES:
+        name = self._form.file_of(part)
+        if name is None:
             return None
         if name in self._upload.files:
             raise InvalidRequestError(f"the file {name} comes twice", param=name)
         file = tempfile.TemporaryFile()  # noqa: SIM115  closed with all others of the upload
         self._upload.files[name] = self._files.enter_context(file)
+        self._upload.filenames[name] = part.filename
         return file
 
     def _take(self, data: bytes) -> None:

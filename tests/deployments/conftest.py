@@ -29,10 +29,13 @@ from deployments.model_list import ModelListReader
 from deployments.model_names import ModelNames
 from deployments.request_streams import RequestStreams
 from deployments.text import TextCodec
+from deployments.training_service import TrainingService
 from deployments.upload import Uploads
 from storage.adapter_cache import AdapterCache
 from storage.stores import open_store
 from tests.deployments.world import BASE_ID, LoneEngine, World, settings_for
+from tests.training.service.desks import Cluster
+from training.service.desk import Desk
 from workers.engine.building import build_engine
 from workers.engine.request import EngineRequest
 from workers.engine.thread_client import ThreadEngineClient
@@ -65,6 +68,7 @@ class LocalServer:
     world: World
     codec: TextCodec
     alone: LoneEngine
+    cluster: Cluster
 
     @property
     def openai(self) -> openai.OpenAI:
@@ -78,8 +82,9 @@ def local_server(
     settings = settings_for(tiny_llama_dir, tmp_path_factory.mktemp("local"))
     world = World.create(tiny_llama_dir, settings)
     alone = LoneEngine(world)
-    with local_replica(world) as gateway, served(world, gateway) as (url, api):
-        yield LocalServer(url, gateway, world, api.codec, alone)
+    cluster = Cluster(open_store(settings.storage))
+    with local_replica(world) as gateway, served(world, gateway, cluster) as (url, api):
+        yield LocalServer(url, gateway, world, api.codec, alone, cluster)
     alone.client.stop()
 
 
@@ -95,7 +100,9 @@ def local_replica(world: World) -> Iterator[LocalGateway]:
 
 
 @contextmanager
-def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
+def served(
+    world: World, gateway: EngineGateway, cluster: Cluster | None = None
+) -> Iterator[tuple[str, Api]]:
     """The HTTP application over a registry, as an ingress wires it, but without a placement manager. Its URL."""
     settings = world.settings
     view = TableView(time.monotonic)
@@ -106,6 +113,7 @@ def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
     async def no_manager() -> ClusterState:
         return ClusterState(view.table)
 
+    training = training_service(world, cluster or Cluster(open_store(settings.storage)))
     api = Api(
         base_id=BASE_ID,
         created_s=1,
@@ -134,17 +142,33 @@ def served(world: World, gateway: EngineGateway) -> Iterator[tuple[str, Api]]:
             max_bytes=settings.storage.max_adapter_bytes,
         ),
         uploads=Uploads(settings.storage.max_adapter_bytes),
+        training=training,
         cluster_state=no_manager,
         metrics=Metrics(view),
     )
     models.follow()
     keys.follow()
+    training.follow()
     try:
         with serving(create_http_app(api)) as url:
             yield url, api
     finally:
         models.stop()
         keys.stop()
+        training.stop()
+
+
+def training_service(world: World, cluster: Cluster) -> TrainingService:
+    """With a desk whose jobs train when a test says so."""
+    settings = world.settings
+    store = open_store(settings.storage)
+    return TrainingService(
+        store,
+        settings.training,
+        BASE_ID,
+        settings.engine.base,
+        lambda: Desk(BASE_ID, lambda: world.base, store, cluster, settings.training, time.time),
+    )
 
 
 class serving:

@@ -19,6 +19,7 @@ from storage.identity import DEFAULT_ALIAS, AdapterName, AdapterSet, AdapterVers
 from storage.publishing import publish_adapter
 from storage.registry import Registry
 from storage.stores import open_store
+from training.config import TrainingSettings
 from workers.config import EngineSettings
 from workers.engine.building import build_engine
 from workers.engine.request import EngineRequest, FinishReason, SamplingParams, StepOutputs
@@ -44,6 +45,7 @@ def settings_for(base_dir: Path, directory: Path, **serve: object) -> Settings:
             bank_slots=8,
         ),
         serve={"allow_anonymous": True, "port": 0, **serve},
+        training=TrainingSettings(storage_path=directory / "training", threads=1, batch_wait_s=1.0),
     )
 
 

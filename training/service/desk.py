@@ -55,6 +55,7 @@ class Desk:
         read_base: the facts of that base; slow, asked once.
         backend: where batches run.
         clock: seconds since the epoch.
+        on_published: called before a job is said to have succeeded; must raise nothing.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Desk:
         backend: JobBackend,
         settings: TrainingSettings,
         clock: Callable[[], float],
+        on_published: Callable[[], None] = lambda: None,
     ) -> None:
         self._base_id = base_id
         self._read_base = read_base
@@ -75,6 +77,7 @@ class Desk:
         self._backend = backend
         self._settings = settings
         self._clock = clock
+        self._on_published = on_published
         self._followed: dict[str, _Followed] = {}
 
     def tick(self) -> bool:
@@ -241,6 +244,7 @@ class Desk:
             job = self._change(job, lambda current: current.running(now_s))
         if name in outcome.published and not job.status.is_final:
             version, tokens = outcome.published[name], outcome.tokens(name)
+            self._on_published()
             job = self._change(job, lambda current: current.succeeded(version, tokens, now_s))
         elif name in outcome.failed:
             job = self._fail(job, Fault(code=_FAILED, message=outcome.failed[name]))
