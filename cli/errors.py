@@ -22,6 +22,8 @@ class CommandFailedError(FloraError):
 
 def exit_code(error: BaseException) -> int:
     """What the shell is told. What the user can put right by asking differently is 2; Ctrl-C is a failure."""
-    if isinstance(error, InvalidRequestError | NotFoundError | UnknownModelError | AdapterRefusedError):
+    if isinstance(
+        error, InvalidRequestError | NotFoundError | UnknownModelError | AdapterRefusedError
+    ):
         return EXIT_USAGE
     return EXIT_FAILED

@@ -19,6 +19,7 @@ from cli.running import find_running
 from cli.settings import RegistryOption, S3Endpoint, command_settings
 from cli.training_job import TrainingResult, cancel, follow, job_backend, submit
 from deployments.settings import Settings
+from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
 from training.spec import TrainingSpec
 
@@ -47,7 +48,7 @@ def train(
     if (detach or attach is not None) and running is None:
         raise InvalidRequestError("no cluster is running here to keep the job; start one: flora up")
     settings = _settings(registry, s3_endpoint)
-    checked = None if spec is None else read_specification(spec)
+    checked = None if spec is None else read_specification(spec, storage=settings.storage)
     with _ray(running.ray if running else None) as ray:
         if checked is None:
             assert attach is not None
@@ -69,8 +70,13 @@ def train(
         raise typer.Exit(EXIT_FAILED)
 
 
-def read_specification(path: Path, base: Path | None = None) -> TrainingSpec:
+def read_specification(
+    path: Path, base: Path | None = None, storage: StorageSettings | None = None
+) -> TrainingSpec:
     """A checked specification, on `base`; or else on its own, which is looked for among the bases here too.
+
+    Args:
+        storage: how data in S3 is reached.
 
     Raises:
         SpecificationError: names the file, the line and the field.
@@ -78,11 +84,11 @@ def read_specification(path: Path, base: Path | None = None) -> TrainingSpec:
     from training.spec_file import read_spec
 
     if base is None:
-        spec = read_spec(path)
+        spec = read_spec(path, storage=storage)
         base = find_base(spec.base) or find_base(Path(spec.base).name)
         if base is None:
             return spec
-    return read_spec(path, {"base": str(base)})
+    return read_spec(path, {"base": str(base)}, storage)
 
 
 def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:

@@ -55,6 +55,12 @@ class TrainingSettings(BaseModel):
         ge=1,
         description="Tokens of one forward; a step with more runs in several, with the same gradient.",
     )
+    memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="What a worker's training may take of its machine or GPU; 0: half of this machine's memory shared "
+        "by the workers, or nine tenths of this machine's GPU. Decides how many adapters train at once.",
+    )
     max_failures: int = Field(
         default=3,
         ge=0,

@@ -9,6 +9,7 @@ Other keys of a line are the author's own and are left alone. Knows nothing of t
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,24 +55,21 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     """All examples of a file, in its order.
 
     Raises:
-        SpecificationError: names the file and the line: not JSON, no known format, two formats, an empty file.
+        SpecificationError: names the file and the line: not UTF-8, not JSON, no known format, two formats, an empty
+            file.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise SpecificationError(f"{path.name}: is not UTF-8 text") from None
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise SpecificationError(f"{path.name}: cannot be read: {error.strerror}") from None
     examples: list[Example] = []
     file_format, first_line = "", 0
-    for number, line in enumerate(lines, 1):
+    # Not `splitlines`, which also ends a line at characters that JSON strings may hold.
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path.name}, line {number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SpecificationError(f"{place}: not JSON: {error.msg}") from None
+        values = _parsed(line, place)
         line_format = _format_of(values, place)
         if file_format and line_format != file_format:
             raise SpecificationError(
@@ -83,6 +81,21 @@ def read_examples(path: Path) -> tuple[Example, ...]:
     if not examples:
         raise SpecificationError(f"{path.name}: no examples in it")
     return tuple(examples)
+
+
+def _parsed(line: bytes, place: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise SpecificationError(f"{place}: is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise SpecificationError(
+            f"{place}: not JSON: {error.msg}; every line is one JSON object"
+        ) from None
+    except RecursionError:
+        raise SpecificationError(f"{place}: not JSON that can be read: nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise SpecificationError(f"{place}: not JSON that can be read: {error}") from None
 
 
 def _format_of(values: Any, place: str) -> str:
@@ -137,4 +150,11 @@ def _text(value: Any, place: str, key: str, *, may_be_empty: bool = False) -> st
         raise SpecificationError(f"{place}: {key}: expected a string")
     if not value and not may_be_empty:
         raise SpecificationError(f"{place}: {key}: is empty")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise SpecificationError(
+                f"{place}: {key}: has half of a character (a lone surrogate)"
+            ) from None
     return value

@@ -112,7 +112,7 @@ def _read(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, An
         directory = job_directory(settings, job_id) / "specification"
         store = open_store(settings.storage)
         path = fetch_spec(store, spec.removeprefix(STORED), directory)
-    return read_spec(path, overrides)
+    return read_spec(path, overrides, settings.storage)
 
 
 def _log_result(result: JobResult) -> None:

@@ -17,9 +17,11 @@ from storage.base_checkpoint import BaseFacts, read_base_facts
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
 from training.adapter_run import AdapterData
+from training.config import TrainingSettings
 from training.example_stream import mixed_seed
 from training.examples import Example, read_examples
 from training.initial_rows import check_targets
+from training.job_memory import trainer_limits
 from training.spec import AdapterSpec, TrainingSpec
 from training.tokens import TokenisedSet, tokenise
 from workers.models.loading import find_base, load_config, load_tokenizer
@@ -35,17 +37,11 @@ class JobPlan:
     num_steps: Mapping[str, int]
     shares: tuple[tuple[str, ...], ...]
 
-    @property
-    def num_rounds(self) -> int:
-        """How often every worker reports, so many steps apart; the same for all, for a report waits for all."""
-        every = self.spec.checkpoint_every_steps
-        return max(-(-steps // every) for steps in self.num_steps.values())
-
 
 def plan_job(
-    spec: TrainingSpec, num_workers: int, storage: StorageSettings | None = None
+    spec: TrainingSpec, settings: TrainingSettings, storage: StorageSettings | None = None
 ) -> JobPlan:
-    """Read and tokenise everything a job needs.
+    """Read and tokenise everything a job needs, and see that every worker's share fits in its memory.
 
     Args:
         storage: how a base model in S3 is reached.
@@ -72,7 +68,11 @@ def plan_job(
         adapter.name: adapter_cost(adapter, data[adapter.name], num_steps[adapter.name])
         for adapter in spec.adapters
     }
-    return JobPlan(spec, base, data, num_steps, share_out(costs, num_workers))
+    shares = share_out(costs, settings.num_workers)
+    for share in shares:
+        some = [adapter for adapter in spec.adapters if adapter.name in share]
+        trainer_limits(config, some, data, getattr(torch, spec.dtype), settings)
+    return JobPlan(spec, base, data, num_steps, shares)
 
 
 def adapter_cost(spec: AdapterSpec, data: AdapterData, num_steps: int) -> float:
@@ -102,6 +102,7 @@ def _adapter_data(
             stop_ids=stop_ids,
             max_tokens=spec.sequence_length,
             name=spec.name,
+            loss=spec.loss,
         )
 
     examples: Sequence[Example] = read_examples(spec.data)

@@ -41,6 +41,7 @@ from training.events import (
     WorkerStarted,
 )
 from training.frozen_base import FrozenBase
+from training.job_memory import trainer_limits
 from training.job_plan import JobPlan, plan_job
 from training.job_settings import JobAreas, job_directory
 from training.job_store import JobStore
@@ -79,7 +80,6 @@ class WorkerTask:
     data: Mapping[str, AdapterData]
     num_steps: Mapping[str, int]
     shares: tuple[tuple[str, ...], ...]
-    num_rounds: int
     storage: StorageSettings
     training: TrainingSettings
     job_id: str
@@ -101,7 +101,7 @@ def run_training(
     """
     directory = job_directory(settings, job_id)
     job = JobStore(open_store(settings.storage), job_id)
-    plan = plan_job(spec, settings.training.num_workers, settings.storage)
+    plan = plan_job(spec, settings.training, settings.storage)
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     with _followed(job, on_event), job.writer("driver") as tell:
@@ -122,7 +122,6 @@ def _task(plan: JobPlan, settings: JobAreas, job_id: str) -> WorkerTask:
         data=plan.data,
         num_steps=plan.num_steps,
         shares=plan.shares,
-        num_rounds=plan.num_rounds,
         storage=settings.storage,
         training=settings.training,
         job_id=job_id,
@@ -222,14 +221,22 @@ def _train_share(config: Mapping[str, Any]) -> None:
     with job.writer(f"worker-{rank}") as tell:
         tell(WorkerStarted(rank, len(task.shares), socket.gethostname(), os.getpid(), share))
         trainer = _trainer(task, share, tell)
-        first_round = _restore(trainer)
+        done = _restore(trainer)
         trainer.start()
-        for done in range(first_round + 1, task.num_rounds + 1):
+        while not _all_done(trainer):
             _stop_cancelled(trainer, job)
             for _ in range(task.spec.checkpoint_every_steps):
                 trainer.step()
             tell.flush()
+            done += 1
             _report(trainer, done)
+
+
+def _all_done(trainer: MultiAdapterTrainer) -> bool:
+    """Whether all workers' adapters are over; every worker asks before every round, and all hear the same."""
+    left = torch.tensor(float(not trainer.is_done))
+    torch.distributed.all_reduce(left)
+    return left.item() == 0
 
 
 def _stop_cancelled(trainer: MultiAdapterTrainer, job: JobStore) -> None:
@@ -243,6 +250,9 @@ def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> Multi
     adapters = [adapter for adapter in task.spec.adapters if adapter.name in share]
     base = find_base(task.spec.base, task.storage)
     loaded = load_base(str(base), getattr(torch, task.spec.dtype), device)
+    limits = trainer_limits(
+        loaded.model.config, adapters, task.data, loaded.model.dtype, task.training
+    )
     return MultiAdapterTrainer(
         FrozenBase.adopt(loaded, max_tokens=max(one.sequence_length for one in adapters)),
         [AdapterRun(one, task.data[one.name], task.num_steps[one.name]) for one in adapters],
@@ -254,7 +264,8 @@ def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> Multi
             max_bytes=task.storage.max_adapter_bytes,
         ),
         on_event=tell,
-        max_step_tokens=task.training.max_step_tokens,
+        max_resident=limits.max_resident if limits else None,
+        max_step_tokens=limits.max_step_tokens if limits else task.training.max_step_tokens,
     )
 
 

@@ -61,7 +61,9 @@ class AdapterSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    data: Path = Field(description="JSONL; relative to the specification's folder.")
+    data: Path = Field(
+        description="JSONL; a path from the specification's folder, or in a file s3://bucket/key."
+    )
     family: Family = "flora"
     rank: int = Field(ge=1, le=1024, description="IA3 has none: leave it out.")
     rank_pattern: dict[str, int] = Field(
@@ -84,6 +86,9 @@ class AdapterSpec(BaseModel):
     batch_size: int = Field(default=4, ge=1, le=4096, description="Examples of a step.")
     sequence_length: int = Field(
         default=512, ge=2, description="Longer examples are cut at the end, and counted."
+    )
+    loss: Literal["completion", "all"] = Field(
+        default="completion", description="The tokens that are learnt: answers, or prompts too."
     )
     learning_rate: float | None = Field(
         default=None,

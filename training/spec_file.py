@@ -19,7 +19,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from storage.config import StorageSettings
 from storage.errors import SpecificationError
+from training.data_files import SCHEME, fetch_data
 from training.examples import read_examples
 from training.spec import TrainingSpec
 
@@ -65,15 +67,21 @@ class _Source:
         return line
 
 
-def read_spec(path: Path, overrides: Mapping[str, Any] | None = None) -> TrainingSpec:
-    """A checked specification: every data file exists, and is of one known format.
+def read_spec(
+    path: Path,
+    overrides: Mapping[str, Any] | None = None,
+    storage: StorageSettings | None = None,
+) -> TrainingSpec:
+    """A checked specification: every data file exists, and is of one known format. Data in S3 is fetched.
 
     Args:
         overrides: top-level fields that replace the file's (`{"base": …}`); dotted keys reach inside
             (`defaults.steps`).
+        storage: how data in S3 is reached, and where it is kept; by default AWS's own.
 
     Raises:
         SpecificationError: names the file, the line and the field, or the data file and its line.
+        StoreUnavailableError: S3 cannot be reached.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -95,7 +103,7 @@ def read_spec(path: Path, overrides: Mapping[str, Any] | None = None) -> Trainin
         raise source.error((), "a specification is a mapping with base and adapters")
     for key, value in (overrides or {}).items():
         _set(values, key, value)
-    spec = parse_spec(values, path.parent, source=source)
+    spec = parse_spec(values, path.parent, source=source, storage=storage)
     for adapter in spec.adapters:
         read_examples(adapter.data)
         if adapter.evaluation is not None and adapter.evaluation.data is not None:
@@ -104,18 +112,24 @@ def read_spec(path: Path, overrides: Mapping[str, Any] | None = None) -> Trainin
 
 
 def parse_spec(
-    values: Mapping[str, Any], directory: Path, *, source: _Source | None = None
+    values: Mapping[str, Any],
+    directory: Path,
+    *,
+    source: _Source | None = None,
+    storage: StorageSettings | None = None,
 ) -> TrainingSpec:
     """A specification from plain data; relative data paths, and a base path that exists, are `directory`'s.
 
     Raises:
         SpecificationError: names the field.
+        StoreUnavailableError: data is in S3, which cannot be reached.
     """
+    storage = storage or StorageSettings()
     source = source or _Source("specification", None)
     spread = list(_spread(values, source))
     fields = {key: value for key, value in values.items() if key not in ("defaults", "sweep")}
     fields["adapters"] = [
-        _resolved(adapter, directory, location, source) for location, adapter in spread
+        _resolved(adapter, directory, location, source, storage) for location, adapter in spread
     ]
     if isinstance(fields.get("base"), str):
         fields["base"] = _base_path(fields["base"], directory)
@@ -174,22 +188,33 @@ def _spread(
 
 
 def _resolved(
-    adapter: dict[str, Any], directory: Path, location: Location, source: _Source
+    adapter: dict[str, Any],
+    directory: Path,
+    location: Location,
+    source: _Source,
+    storage: StorageSettings,
 ) -> dict[str, Any]:
     fields = dict(adapter)
     if isinstance(fields.get("data"), str):
-        fields["data"] = _data_path(fields["data"], directory, (*location, "data"), source)
+        fields["data"] = _data_path(fields["data"], directory, (*location, "data"), source, storage)
     evaluation = fields.get("evaluation")
     if isinstance(evaluation, dict) and isinstance(evaluation.get("data"), str):
         place = (*location, "evaluation", "data")
         fields["evaluation"] = {
             **evaluation,
-            "data": _data_path(evaluation["data"], directory, place, source),
+            "data": _data_path(evaluation["data"], directory, place, source, storage),
         }
     return fields
 
 
-def _data_path(text: str, directory: Path, location: Location, source: _Source) -> Path:
+def _data_path(
+    text: str, directory: Path, location: Location, source: _Source, storage: StorageSettings
+) -> Path:
+    if text.startswith(SCHEME):
+        try:
+            return fetch_data(text, storage)
+        except SpecificationError as error:
+            raise source.error(location, error.message) from None
     path = directory / Path(text).expanduser()
     if not path.is_file():
         raise source.error(location, f"there is no file {text}")

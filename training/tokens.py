@@ -1,14 +1,14 @@
 """From examples to token sequences, in the exact form serving will see them.
 
 A prompt is what serving renders: the model's own chat template with `add_generation_prompt=True`, or the raw text. A
-completion ends with a stop token, so that generation learns to end. Only completion tokens are learnt.
+completion ends with a stop token, so that generation learns to end. Completion tokens are learnt, or all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from storage.errors import SpecificationError
 from training.examples import ChatExample, Example, TextExample
@@ -46,6 +46,7 @@ def tokenise(
     stop_ids: Collection[int],
     max_tokens: int,
     name: str,
+    loss: Literal["completion", "all"] = "completion",
 ) -> TokenisedSet:
     """Token sequences of at most `max_tokens`, cut at the end.
 
@@ -53,6 +54,7 @@ def tokenise(
         tokenizer: a transformers tokenizer.
         stop_ids: tokens that end an answer; the tokenizer's own end token is used where the template adds none.
         name: of the adapter, for errors.
+        loss: which tokens are learnt: completions, or prompts too.
 
     Raises:
         SpecificationError: chat data for a model without a chat template, or nothing learnt is left.
@@ -70,6 +72,9 @@ def tokenise(
             whole = [_text_sequence(example, tokenizer, stop_ids)]
         else:
             whole = _chat_sequences(example, tokenizer, stop_ids)
+        if loss == "all":
+            # The last one has the whole conversation.
+            whole = [TokenSequence(whole[-1].tokens, (True,) * len(whole[-1].tokens))]
         for sequence in whole:
             truncated += len(sequence.tokens) > max_tokens
             cut = TokenSequence(sequence.tokens[:max_tokens], sequence.learnt[:max_tokens])

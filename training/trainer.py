@@ -315,6 +315,7 @@ class MultiAdapterTrainer:
         run = self.runs[number]
         run.status, run.outcome = RunStatus.FAILED, reason
         self._best.pop(number, None)
+        self._kept.pop(number, None)
         if number in self.rows.residents:
             self.rows.release(number)
         self._on_event(AdapterFailed(adapter=run.name, step=run.step, reason=reason))

@@ -38,6 +38,40 @@ def test_each_format_is_detected(tmp_path: Path) -> None:
     )
 
 
+def test_a_file_may_have_what_editors_leave_and_lines_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    long = {"prompt": "p" * 3_000_000, "completion": "\u2028 and \x85 end no line"}
+    lines = ["", json.dumps(TEXT), "  ", json.dumps(long, ensure_ascii=False), "", ""]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert read_examples(path) == (
+        TextExample("p", "c"),
+        TextExample(long["prompt"], long["completion"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"prompt": "caf\xe9", "completion": "c"}', "line 2: is not UTF-8 text"),
+        (b"[" * 100_000, "line 2: not JSON that can be read: nested too deep"),
+        (b'{"prompt": 1' + b"0" * 5000 + b"}", "line 2: not JSON that can be read"),
+        (
+            b'{"prompt": "\\ud83d", "completion": "c"}',
+            "line 2: prompt: has half of a character",
+        ),
+        (b'{"prompt": "p", "completion": null}', "line 2: completion: expected a string"),
+        (b'{"prompt": "p"}', "line 2: no known format"),
+    ],
+)
+def test_bytes_no_example_is_made_of_are_named_by_line(
+    tmp_path: Path, line: bytes, says: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(json.dumps(TEXT).encode() + b"\n" + line + b"\n")
+    with pytest.raises(SpecificationError, match=says):
+        read_examples(path)
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [

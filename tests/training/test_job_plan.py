@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from storage.errors import InvalidRequestError, SpecificationError
+from training.config import TrainingSettings
 from training.job_plan import plan_job, share_out
 from training.spec import TrainingSpec
 from training.spec_file import parse_spec
@@ -28,12 +29,11 @@ def test_a_plan_has_the_data_the_steps_and_the_base(tiny_llama_dir: Path, tmp_pa
         {"name": "a", "epochs": 2, "evaluation": {"fraction": 0.25}},
         {"name": "b", "steps": 70, "rank": 8},
     )
-    plan = plan_job(spec, num_workers=5)
+    plan = plan_job(spec, TrainingSettings(num_workers=5))
     assert (len(plan.data["a"].training), len(plan.data["a"].held_out)) == (15, 5)
     assert not set(plan.data["a"].training) & set(plan.data["a"].held_out)
     assert plan.num_steps == {"a": 8, "b": 70}
     assert plan.shares == (("b",), ("a",))
-    assert plan.num_rounds == 2
     assert "model.layers.0.self_attn.q_proj" in plan.base.projections
 
 
@@ -58,13 +58,13 @@ def test_what_no_worker_could_train_is_refused_before_one_starts(
     says: str,
 ) -> None:
     with pytest.raises(error, match=says):
-        plan_job(spec_on(tiny_llama_dir, tmp_path, {"name": "a", **fields}), num_workers=1)
+        plan_job(spec_on(tiny_llama_dir, tmp_path, {"name": "a", **fields}), TrainingSettings())
 
 
 def test_a_base_that_is_not_there_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     spec = spec_on(tiny_llama_dir, tmp_path, {"name": "a"})
     with pytest.raises(InvalidRequestError, match="no model at"):
-        plan_job(spec.model_copy(update={"base": str(tmp_path / "none")}), num_workers=1)
+        plan_job(spec.model_copy(update={"base": str(tmp_path / "none")}), TrainingSettings())
 
 
 def test_work_is_shared_by_cost_and_nobody_is_idle() -> None:

@@ -92,7 +92,7 @@ def published_rows(settings: JobSettings, name: str) -> tuple[AdapterVersion, Ad
 
 
 def rows_without_ray(spec: TrainingSpec) -> dict[str, AdapterRows]:
-    plan = plan_job(spec, num_workers=1)
+    plan = plan_job(spec, TrainingSettings())
     base = load_base(spec.base, torch.float32, torch.device("cpu"))
     rows: dict[str, AdapterRows] = {}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import boto3
 import pytest
 
-from storage.errors import SpecificationError
+from storage.config import StorageSettings
+from storage.errors import SpecificationError, StoreUnavailableError
+from tests.storage.s3_server import s3_server
 from training.spec_file import parse_spec, read_spec
 
 GOOD_LINE = json.dumps({"prompt": "a", "completion": "b"})
@@ -146,6 +149,32 @@ def test_a_bad_data_file_is_found_with_the_specification(folder: Path) -> None:
     (folder / "small.jsonl").write_text(GOOD_LINE + "\n{oops\n")
     with pytest.raises(SpecificationError, match=r"small\.jsonl, line 2: not JSON"):
         read_spec(written(folder, f"base: b\nadapters: [{ADAPTER}]"))
+
+
+def test_data_in_s3_is_fetched_as_it_is_now(folder: Path) -> None:
+    with s3_server() as server:
+        client = boto3.client("s3", endpoint_url=server.url, region_name="us-east-1")
+        client.create_bucket(Bucket="sets")
+        client.put_object(Bucket="sets", Key="a/small.jsonl", Body=GOOD_LINE.encode())
+        storage = StorageSettings(s3_endpoint_url=server.url, cache_dir=folder / "cache")
+        url = "s3://sets/a/small.jsonl"
+        path = written(
+            folder,
+            f"base: b\nadapters:\n- name: a\n  rank: 1\n  data: {url}\n"
+            f"  evaluation: {{data: {url}}}",
+        )
+        (before,) = read_spec(path, storage=storage).adapters
+        client.put_object(Bucket="sets", Key="a/small.jsonl", Body=b"{oops")
+        with pytest.raises(SpecificationError, match=r"small\.jsonl, line 1: not JSON"):
+            read_spec(path, storage=storage)
+        client.delete_object(Bucket="sets", Key="a/small.jsonl")
+        says = r"spec\.yaml, line 5: adapters\.0\.data: there is no object s3://sets/a/small"
+        with pytest.raises(SpecificationError, match=says):
+            read_spec(path, storage=storage)
+    assert before.data.read_text() == GOOD_LINE
+    assert before.evaluation is not None and before.evaluation.data == before.data
+    with pytest.raises(StoreUnavailableError):
+        read_spec(path, storage=storage.model_copy(update={"s3_timeout_s": 0.2}))
 
 
 def test_plain_values_are_checked_as_files_are(folder: Path) -> None:

@@ -28,9 +28,11 @@ def tokenizer(tiny_llama_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama_dir)
 
 
-def tokenised(example: Any, tokenizer: Any, max_tokens: int = 512) -> TokenisedSet:
+def tokenised(example: Any, tokenizer: Any, max_tokens: int = 512, **options: Any) -> TokenisedSet:
     stop_ids = {tokenizer.eos_token_id}
-    return tokenise([example], tokenizer, stop_ids=stop_ids, max_tokens=max_tokens, name="a")
+    return tokenise(
+        [example], tokenizer, stop_ids=stop_ids, max_tokens=max_tokens, name="a", **options
+    )
 
 
 def learnt_text(sequence: TokenSequence, tokenizer: Any) -> str:
@@ -54,6 +56,14 @@ def test_every_answer_is_learnt_with_its_end_and_nothing_else(tokenizer: Any) ->
     assert sequence.tokens[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("example", [CHAT, TextExample("the quick", " fox")])
+def test_everything_is_learnt_where_that_is_asked_for(tokenizer: Any, example: Any) -> None:
+    (only_answers,) = tokenised(example, tokenizer).sequences
+    (everything,) = tokenised(example, tokenizer, loss="all").sequences
+    assert everything.tokens == only_answers.tokens
+    assert everything.learnt == (False, *[True] * (len(everything.tokens) - 1))
+
+
 def test_a_template_that_rewrites_earlier_answers_gives_one_sequence_for_each(
     tiny_llama_dir: Path,
 ) -> None:
@@ -67,6 +77,8 @@ def test_a_template_that_rewrites_earlier_answers_gives_one_sequence_for_each(
     assert learnt_text(first, tokenizer) == "jumps<|im_end|>"
     assert learnt_text(second, tokenizer) == "the lazy dog<|im_end|>"
     assert "…" in tokenizer.decode(second.tokens)
+    (whole,) = tokenised(CHAT, tokenizer, loss="all").sequences
+    assert whole.tokens == second.tokens
 
 
 def test_raw_text_has_no_template_and_ends_too(tokenizer: Any) -> None:

@@ -1,0 +1,206 @@
+"""What fits in memory is known before anything runs: who trains at once, how long a forward is, and who is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, LlamaConfig
+
+from storage.errors import SpecificationError
+from tests.training.tiny_jobs import adapter, run_of, sequences, tiny_base, tiny_model
+from training.adapter_run import AdapterData
+from training.config import TrainingSettings
+from training.initial_rows import initial_rows, row_layouts
+from training.job_memory import adapter_needs, base_shape, memory_budget
+from training.memory_model import AdapterNeeds, plan_steps, step_bytes
+from training.row_room import RowRoom
+from training.trainable_rows import TrainableRows
+from workers.machine_memory import usable_memory
+
+LARGE = base_shape(
+    LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    ),
+    torch.float32,
+)
+GIBIBYTE = 1 << 30
+
+
+def needs(name: str, rank: int = 8, tokens: int = 512, longest: int = 256) -> AdapterNeeds:
+    layouts = row_layouts(adapter(name, rank=rank), LARGE.projections, LARGE.biased)
+    return AdapterNeeds(name, layouts, longest, tokens, 2 * tokens)
+
+
+def test_a_base_is_known_from_its_configuration_alone() -> None:
+    model = tiny_model(has_biases=True)
+    shape = base_shape(model.config, torch.float32)
+    assert shape.parameters == sum(one.numel() for one in model.parameters())
+    layers = tiny_base(has_biases=True).layers
+    assert shape.projections == layers.projections
+    assert shape.biased == layers.biases.keys()
+    turned = base_shape(GPT2Config(n_layer=1, n_embd=12, n_head=2), torch.float32)
+    assert turned.projections["transformer.h.0.mlp.c_fc"] == (12, 48)
+    assert 1.0e9 < LARGE.parameters < 1.2e9
+
+
+def test_rows_take_what_the_bank_and_the_optimizer_hold() -> None:
+    base = tiny_base()
+    specs = [adapter("a", rank=3), adapter("b", family="dora", rank=2), adapter("c", family="ia3")]
+    layouts = [row_layouts(spec, base.layers.projections, ()) for spec in specs]
+    for residents in (1, 2, 3):
+        rows = TrainableRows(base.layers, layouts, residents, torch.float32, base.device)
+        held = {width: block.weight_KW.numel() for width, block in rows.blocks.items()}
+        room = RowRoom.of(layouts, base.layers.projections, residents)
+        assert room.numbers(base.layers.projections) == held
+    for number, spec in enumerate(specs):  # and they do have room
+        rows.admit(number, initial_rows(spec, base.layers.projections, torch.float32))
+
+
+def test_with_enough_memory_all_train_at_once_in_long_forwards() -> None:
+    limits = plan_steps(
+        LARGE,
+        [needs(f"a{n}") for n in range(30)],
+        budget=1 << 50,
+        max_step_tokens=8192,
+        checkpoint=None,
+    )
+    assert (limits.max_resident, limits.max_step_tokens) == (30, 8192)
+    assert not limits.checkpoint_activations
+
+
+def test_with_less_memory_adapters_wait_and_forwards_are_shorter() -> None:
+    adapters = [needs(f"a{n}") for n in range(30)]
+    found = [
+        plan_steps(LARGE, adapters, budget=gib * GIBIBYTE, max_step_tokens=8192, checkpoint=False)
+        for gib in (8, 16, 32, 256)
+    ]
+    residents = [one.max_resident for one in found]
+    assert residents == sorted(residents)
+    assert residents[0] < 30 == residents[-1]
+    assert found[0].max_step_tokens < 8192 == found[-1].max_step_tokens
+
+
+@pytest.mark.parametrize(("gib", "checkpointed"), [(64, False), (7, True)])
+def test_activations_are_made_again_only_where_memory_is_short(
+    gib: int, checkpointed: bool
+) -> None:
+    adapters = [needs(f"a{n}") for n in range(8)]
+    limits = plan_steps(
+        LARGE, adapters, budget=gib * GIBIBYTE, max_step_tokens=8192, checkpoint=None
+    )
+    assert limits.checkpoint_activations is checkpointed
+
+
+def test_one_that_does_not_fit_alone_is_refused_by_name_with_the_figures() -> None:
+    adapters = [needs("small", rank=1), needs("large", rank=512)]
+    with pytest.raises(SpecificationError) as caught:
+        plan_steps(LARGE, adapters, budget=12 * GIBIBYTE, max_step_tokens=8192, checkpoint=None)
+    message = caught.value.message
+    assert message.startswith("large: does not fit in memory even alone")
+    for part in ("MiB for rows", "256 tokens", "12,288 MiB", "sequence_length", "memory_bytes"):
+        assert part in message
+
+
+def test_two_that_fit_alone_and_not_in_one_trainer_are_told_apart() -> None:
+    long, wide = needs("long", rank=1, longest=4096), needs("wide", rank=200, longest=16)
+    alone = [
+        step_bytes(
+            LARGE, [one], max_resident=1, step_tokens=one.longest_tokens, checkpoint=False
+        ).total
+        for one in (long, wide)
+    ]
+    with pytest.raises(SpecificationError, match="fits in memory alone, but not in one job"):
+        plan_steps(
+            LARGE,
+            [long, wide],
+            budget=max(alone) + 1,
+            max_step_tokens=8192,
+            checkpoint=False,
+        )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 16), st.integers(1, 4000), st.integers(1, 600)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(5, 40),
+    st.sampled_from([True, False, None]),
+)
+def test_whatever_is_allowed_fits_the_budget(
+    shapes: list[tuple[int, int, int]], gib: int, checkpoint: bool | None
+) -> None:
+    adapters = [
+        needs(f"a{n}", rank, tokens, longest) for n, (rank, tokens, longest) in enumerate(shapes)
+    ]
+    try:
+        limits = plan_steps(
+            LARGE,
+            adapters,
+            budget=gib * GIBIBYTE,
+            max_step_tokens=4096,
+            checkpoint=checkpoint,
+        )
+    except SpecificationError:
+        fewest = step_bytes(
+            LARGE,
+            adapters,
+            max_resident=1,
+            step_tokens=max(one.longest_tokens for one in adapters),
+            checkpoint=checkpoint is not False,
+        )
+        assert fewest.total > gib * GIBIBYTE
+        return
+    assert 1 <= limits.max_resident <= len(adapters)
+    assert limits.max_step_tokens >= max(one.longest_tokens for one in adapters)
+    taken = step_bytes(
+        LARGE,
+        adapters,
+        max_resident=limits.max_resident,
+        step_tokens=limits.max_step_tokens,
+        checkpoint=limits.checkpoint_activations,
+    )
+    assert taken == limits.needs
+    assert taken.total <= gib * GIBIBYTE
+
+
+def test_needs_are_those_of_the_data_held_out_too() -> None:
+    base = base_shape(tiny_model().config, torch.float32)
+    spec = adapter("a", batch_size=3)
+    training = sequences("a", 4)
+    long = run_of(adapter("b")).data.training[4]
+    found = adapter_needs(base, spec, AdapterData(training[:1], (long,)))
+    assert found.longest_tokens == len(long.tokens) - 1 > len(training[0].tokens) - 1
+    assert found.step_tokens == 3 * (len(training[0].tokens) - 1)
+    assert found.most_tokens == 3 * found.longest_tokens
+
+
+def test_the_budget_is_the_settings_or_a_share_of_the_machine() -> None:
+    assert memory_budget(TrainingSettings(memory_bytes=123)) == 123
+    shared = memory_budget(TrainingSettings(num_workers=4))
+    assert shared is not None
+    assert shared == pytest.approx(usable_memory() / 8, abs=1)
+    if not torch.cuda.is_available():
+        assert memory_budget(TrainingSettings(gpus_per_worker=1)) is None
+
+
+def test_a_control_groups_limit_is_below_the_machines(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/pod/one\n")
+    folder = tmp_path / "sys/fs/cgroup/pod"
+    (folder / "one").mkdir(parents=True)
+    (folder / "one/memory.max").write_text("max\n")
+    assert usable_memory(tmp_path) == usable_memory(tmp_path / "nowhere")
+    (folder / "memory.max").write_text("1000000\n")
+    assert usable_memory(tmp_path) == 1_000_000
