@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from storage.errors import SpecificationError
-from training.activation_memory import kept_bytes_per_token
 from training.completion_loss import CHUNK_POSITIONS
+from training.kept_bytes import kept_bytes_per_token
 from training.row_room import RowLayouts, RowRoom
 from workers.row_form.weight_product import scratch_bound
 
