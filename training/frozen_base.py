@@ -5,7 +5,8 @@ Shape legend: T tokens of the stream, L positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from storage.errors import InvalidRequestError
+from training.checkpointed_layers import CheckpointedLayers
 from training.packed_attention import PackedAttention
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
@@ -31,13 +33,18 @@ class FrozenBase:
     device: torch.device
     digest: str
     _decoder: nn.Module
+    _checkpointed: CheckpointedLayers | None = None
 
     @classmethod
-    def adopt(cls, base: LoadedBase, *, max_tokens: int) -> FrozenBase:
+    def adopt(
+        cls, base: LoadedBase, *, max_tokens: int, checkpoint_activations: bool = False
+    ) -> FrozenBase:
         """Prepare a loaded model for training; it is changed in place.
 
         Args:
             max_tokens: the longest sequence it will see.
+            checkpoint_activations: a decoder layer keeps its input only; the backward computes the rest again, which
+                takes about a third longer. `training.activation_memory` says what it saves.
 
         Raises:
             InvalidRequestError: names what the model needs and training does not have.
@@ -54,7 +61,23 @@ class FrozenBase:
             _decoder=model.get_decoder(),
         )
         frozen._refuse_other_heads(model)
+        if checkpoint_activations:
+            checkpointed = CheckpointedLayers(frozen._decoder, layers)
+            frozen = replace(frozen, _checkpointed=checkpointed)
         return frozen
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self._decoder.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self._decoder.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    def keeping_activations(self) -> AbstractContextManager[None]:
+        """Around forwards that are to keep them, whatever the base was adopted for."""
+        return nullcontext() if self._checkpointed is None else self._checkpointed.off()
 
     def hidden_states(
         self, tokens_T: Tensor, positions_T: Tensor, attention: PackedAttention

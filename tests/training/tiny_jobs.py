@@ -47,10 +47,15 @@ def tiny_model(dtype: torch.dtype = torch.float32, *, has_biases: bool = False) 
     return model.to(dtype).eval()
 
 
-def tiny_base(dtype: torch.dtype = torch.float32, *, has_biases: bool = False) -> FrozenBase:
+def tiny_base(
+    dtype: torch.dtype = torch.float32,
+    *,
+    has_biases: bool = False,
+    checkpoint_activations: bool = False,
+) -> FrozenBase:
     model = tiny_model(dtype, has_biases=has_biases)
     loaded = LoadedBase(model, digest="0" * 64, directory=Path("nowhere"))
-    return FrozenBase.adopt(loaded, max_tokens=64)
+    return FrozenBase.adopt(loaded, max_tokens=64, checkpoint_activations=checkpoint_activations)
 
 
 def adapter(name: str, **fields: Any) -> AdapterSpec:
@@ -119,10 +124,11 @@ def trainer(
     dtype: torch.dtype = torch.float32,
     run: Callable[[AdapterSpec], AdapterRun] = run_of,
     has_biases: bool = False,
+    checkpoint_activations: bool = False,
     **options: Any,
 ) -> MultiAdapterTrainer:
     return MultiAdapterTrainer(
-        tiny_base(dtype, has_biases=has_biases),
+        tiny_base(dtype, has_biases=has_biases, checkpoint_activations=checkpoint_activations),
         [run(spec) for spec in specs],
         publish=recorder.publish,
         on_event=recorder.events.append,

@@ -51,10 +51,12 @@ class StepContext:
         self._indices: dict[GroupTable, StepIndex] = {}  # of what `_indexed` says
         self._indexed: tuple[StepPlan, BankSnapshot | None] | None = None
         self._given: Mapping[str, StepIndex] | None = None
+        self.step = object()
 
     def begin(self, plan: StepPlan | None, snapshot: BankSnapshot | None) -> None:
         """Enter a step. None, or a plan with no adapters: every layer is the plain base layer."""
         self._given = None
+        self.step = object()
         if plan is None or plan.is_base_only:
             self._plan = self._snapshot = None
             return
@@ -172,6 +174,11 @@ class AdapterLayers:
         self._bank = bank
         for path, layer in self.layers.items():
             layer.rows = bank.modules[path]
+
+    @property
+    def step(self) -> object:
+        """Another object from step to step."""
+        return self._context.step
 
     @property
     def snapshot(self) -> BankSnapshot | None:
