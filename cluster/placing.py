@@ -23,6 +23,8 @@ HOLDER_SLACK = 2.0
 INCUMBENT_BOOST = 1.25
 """A placed adapter gives up its rows only to one worth this times as much per row."""
 MOVES_PER_TICK = 4
+FULLEST_LOAD = 1.15
+"""Times the mean: what an estimate of demand is off by anyway. A replica planned for more gives some of it away."""
 
 
 @dataclass(slots=True)
@@ -148,8 +150,6 @@ class _Plan:
         largest = max((r.space.rows for r in self._replicas.values()), default=0)
         fitting = [item for item in wanted if item.rows <= largest]
         admitted = self._admitted(fitting)
-        names = {item.version for item in admitted}
-        left_over = [item for item in fitting if item.version not in names]
         # Who is not admitted is served anywhere, so its work is nobody's load.
         self._mean = sum(item.work for item in admitted) / max(1, len(self._replicas))
 
@@ -157,12 +157,10 @@ class _Plan:
             self._keep(item)
         for item in sorted(admitted, key=lambda item: (-item.work, item.version)):
             self._settle(item)
-        for item in left_over:
-            self._keep(item)
-            self._settle(item)
         self._rebalance({item.version: item for item in fitting})
-        for item in fitting:  # a move may have made room
+        for item in fitting:  # not admitted, or in the way of a move
             if item.version not in self._holders:
+                self._keep(item)
                 self._settle(item)
 
         return Placement(
@@ -292,29 +290,66 @@ class _Plan:
 
     def _rebalance(self, items: Mapping[AdapterVersion, WantedAdapter]) -> None:
         """A few moves from the fullest replica to the emptiest, so one that joined gets its part."""
-        by_load = sorted(self._replicas.values(), key=lambda replica: replica.replica_id)
-        while self._budget.moves > 0 and len(by_load) > 1:
-            full = max(by_load, key=lambda replica: replica.load)
-            empty = min(by_load, key=lambda replica: replica.load)
-            least_gain = (self._settings.load_slack - 1) * self._mean
-            if full.load <= self._mean + least_gain:
-                return
-            movable = [
-                items[version]
-                for version, held in self._holders.items()
-                if full.replica_id in held
-                and empty.replica_id not in held
-                and empty.fits(items[version])
-                and self._may_load(items[version], empty.replica_id)
-            ]
-            half = (full.load - empty.load) / 2  # what would leave both alike
-            best = min(movable, key=partial(_distance, half), default=None)
-            if best is None or min(best.share, 2 * half - best.share) < least_gain:
+        replicas = list(self._replicas.values())
+        while self._budget.moves > 0 and len(replicas) > 1:
+            full = max(replicas, key=lambda replica: replica.load)
+            empty = min(replicas, key=lambda replica: replica.load)
+            if full.load <= FULLEST_LOAD * self._mean or not self._move(full, empty, items):
                 return
             self._budget.moves -= 1
-            self._drop(best, full)
-            self._take(best, empty)
-            self._order_load(best, empty.replica_id)
+
+    def _move(
+        self, full: _Replica, empty: _Replica, items: Mapping[AdapterVersion, WantedAdapter]
+    ) -> bool:
+        """Move what evens out the two best, if anything does."""
+        half = (full.load - empty.load) / 2  # what would leave both alike
+        least_gain = (self._settings.load_slack - 1) * self._mean
+        movable = [
+            items[version]
+            for version, held in self._holders.items()
+            if full.replica_id in held
+            and empty.replica_id not in held
+            and self._may_load(items[version], empty.replica_id)
+        ]
+        for item in sorted(movable, key=partial(_distance, half)):
+            if min(item.share, 2 * half - item.share) < least_gain:
+                return False
+            if self._make_way(item, empty, items):
+                self._drop(item, full)
+                self._take(item, empty)
+                self._order_load(item, empty.replica_id)
+                return True
+        return False
+
+    def _make_way(
+        self,
+        item: WantedAdapter,
+        replica: _Replica,
+        items: Mapping[AdapterVersion, WantedAdapter],
+    ) -> bool:
+        """Have the item fit, if only adapters held nowhere else and less worth per row are in its way."""
+        in_its_way = [
+            other
+            for version, held in self._holders.items()
+            if held == [replica.replica_id]
+            and (other := items[version]).value < item.value
+            and not (other.is_reserved or other.replaces)
+        ]
+        in_its_way.sort(key=lambda other: (other.value, other.version))
+        gone = []
+        for other in in_its_way:
+            if replica.fits(item):
+                break
+            replica.drop(other)
+            gone.append(other)
+        if not replica.fits(item):
+            for other in gone:
+                replica.take(other)
+            return False
+        for other in gone:
+            del self._holders[other.version]
+            self._prefetch.discard((other.version, replica.replica_id))
+        return True
 
 
 def _distance(wished: float, item: WantedAdapter) -> tuple[float, AdapterVersion]:

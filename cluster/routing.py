@@ -16,27 +16,28 @@ from cluster.table import PlacementTable, ReplicaLoad
 from storage.identity import AdapterVersion
 
 MEMORY_S = 10.0
-"""Half-life of the work assigned to a replica, which holders share out evenly."""
+"""Half-life of the work of a replica, which holders share out evenly."""
 SAMPLED_HOLDERS = 4
-IDLE_PART = 0.75
-"""Below this part of its slots a replica counts as idle: only its share of the work matters then."""
+EVENNESS = 6.0
+"""A slot kept busy over the memory weighs so many slots busy now: what is busy now is mostly chance."""
 LOAD_DREAD = 1.5
 """A load costs this times its seconds, for it also evicts something."""
 RANKING_DREAD = 0.3
 """And this times its seconds more for each place down an adapter's own ranking: routers that cannot hear each other
 yet should choose the same replica for an adapter nobody has."""
-BALANCE_DREAD = 3.0
+BALANCE_DREAD = 8.0
 """And this times its seconds for a replica with the mean of the work assigned lately: whoever loads a cold adapter will
 serve it for a while, so cold ones even out what homes leave uneven."""
 USUAL_LOAD_S = 0.1
 """Until a replica has loaded anything."""
-RANKED_CANDIDATES = 4
+RANKED_CANDIDATES = 8
 """So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it."""
 COMING_S = 1.5
 """A replica that was sent a cold adapter counts as having it, until the table must have heard."""
 OTHERS_SHARE = 0.3
 """Of what a poll says of other routers' requests, taken into the running mean."""
 TURN_SHARE = 0.02
+"""Of a request that ends, taken into the running means of seconds and work."""
 USUAL_TURN_S = 0.2
 """Seconds a request stays at a replica, until this router has seen some."""
 MAX_UNDER_WAY = 10_000
@@ -48,7 +49,7 @@ class _Known:
 
     under_way: int = 0  # its own requests there
     outstanding: float = 0.0  # their work
-    recent: float = 0.0  # work it assigned lately, fading
+    recent: float = 0.0  # work it assigned lately, fading; of what has ended, as long as it took
     others: float = 0.0  # requests of other routers there, as a running mean
     others_work: float = 0.0
     slots: float = 0.0
@@ -56,28 +57,34 @@ class _Known:
     is_listed: bool = False
 
     busy: tuple[bool, float, float] = (True, 0.0, 0.0)
-    """What replicas that have the adapter are compared by, the least first: kept up by `weigh`."""
+    """What replicas that have the adapter are compared by, the least first, kept up by `weigh`: slots busy now and over
+    the memory, then work.
+    """
 
     @property
     def is_free(self) -> bool:
         return self.is_listed and self.under_way + self.others < self.slots
 
-    def weigh(self) -> None:
-        """To be called after every change."""
-        excess = self.under_way + self.others - IDLE_PART * self.slots
+    def weigh(self, slots_per_work: float) -> None:
+        """To be called after every change.
+
+        Args:
+            slots_per_work: kept busy on average by one unit of `recent`.
+        """
+        now = self.under_way + self.others
+        waiting = now - self.slots
         work = self.recent + max(0.0, self.others_work)
-        self.busy = (not self.is_listed, excess if excess > 0 else 0.0, work)
+        slots = now + (waiting if waiting > 0 else 0.0) + EVENNESS * slots_per_work * work
+        self.busy = (not self.is_listed, slots, work)
 
     def start(self, work: float) -> None:
         self.under_way += 1
         self.outstanding += work
         self.recent += work
-        self.weigh()
 
     def end(self, work: float) -> None:
         self.under_way -= 1
         self.outstanding -= work
-        self.weigh()
 
     def hear(self, load: ReplicaLoad) -> None:
         """Take what a new view of the table says."""
@@ -129,6 +136,8 @@ class Routing:
         self._pressed: dict[AdapterVersion, int] = {}  # requests that found all busy in this view
         self._mean_recent = 1.0
         self._turn_s = USUAL_TURN_S
+        self._turn_work = 0.0  # of the requests that took so long; 0 before the first
+        self._slots_per_work = 0.0
         self._table = PlacementTable()
         self._noticed_s = clock()
 
@@ -187,6 +196,7 @@ class Routing:
         self.give_up(request_id)
         known = self._replicas.setdefault(replica_id, _Known())
         known.start(work)
+        known.weigh(self._slots_per_work)
         self._under_way[request_id] = _UnderWay(replica_id, work, self._clock())
         if len(self._under_way) > MAX_UNDER_WAY:  # nobody said how the oldest ended
             self.give_up(next(iter(self._under_way)))
@@ -196,10 +206,18 @@ class Routing:
         return request_id in self._under_way or request_id in self._turned_away
 
     def finish(self, request_id: str) -> None:
-        """The request has ended where it went."""
+        """The request has ended where it went: what it took is known now, and replaces what it was taken for."""
         ended = self._leave(request_id)
-        if ended is not None:
-            self._turn_s += TURN_SHARE * (self._clock() - ended.since_s - self._turn_s)
+        if ended is None:
+            return
+        took_s = self._clock() - ended.since_s
+        turn_work = self._turn_work or ended.work
+        self._turn_s += TURN_SHARE * (took_s - self._turn_s)
+        self._turn_work = turn_work + TURN_SHARE * (ended.work - turn_work)
+        took_work = took_s / self._turn_s * self._turn_work if self._turn_s > 0 else 0.0
+        known = self._replicas[ended.replica_id]
+        known.recent = max(0.0, known.recent + took_work - ended.work)
+        known.weigh(self._slots_per_work)
 
     def reject(self, request_id: str) -> None:
         """A replica turned the request away: until it is sent again its work counts nowhere."""
@@ -215,13 +233,15 @@ class Routing:
         if ended is not None:
             known = self._replicas[ended.replica_id]
             known.recent = max(0.0, known.recent - ended.work)
-            known.weigh()
+            known.weigh(self._slots_per_work)
 
     def _leave(self, request_id: str) -> _UnderWay | None:
         self._turned_away.pop(request_id, None)
         ended = self._under_way.pop(request_id, None)
         if ended is not None:
-            self._replicas[ended.replica_id].end(ended.work)
+            known = self._replicas[ended.replica_id]
+            known.end(ended.work)
+            known.weigh(self._slots_per_work)
         return ended
 
     # What the table says.
@@ -239,8 +259,10 @@ class Routing:
                     del self._replicas[replica_id]
             for replica_id, load in table.replicas.items():
                 self._replicas.setdefault(replica_id, _Known()).hear(load)
+        if self._turn_work > 0:
+            self._slots_per_work = self._turn_s / self._turn_work * math.log(2) / MEMORY_S
         for known in self._replicas.values():
-            known.weigh()
+            known.weigh(self._slots_per_work)
         self._coming = {v: sent for v, sent in self._coming.items() if now_s - sent[1] < COMING_S}
         self._places.clear()
         self._pressed.clear()

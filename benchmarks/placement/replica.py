@@ -43,18 +43,24 @@ class SimulatedReplica:
     def num_ongoing(self) -> int:
         return len(self.running) + len(self.queue)
 
-    def can_start(self, version: AdapterVersion) -> bool:
-        """Whether a slot is free, and the adapter is here or has room beside those in use and pinned."""
+    def can_start(self, version: AdapterVersion, now_s: float) -> bool:
+        """Whether a slot is free, and the adapter is here or can be loaded beside those in use and pinned.
+
+        One that is being loaded is waited for in the queue, as in the engine's scheduler.
+        """
         if len(self.running) >= self.slots:
             return False
-        return version in self.bank or self._has_room_for(self.ranks[version])
+        ready_s = self.bank.get(version)
+        if ready_s is None:
+            return self._has_room_for(self.ranks[version])
+        return ready_s <= now_s
 
-    def next_startable(self) -> Request | None:
+    def next_startable(self, now_s: float) -> Request | None:
         """The first of the queue that can start, taken out of it: who waits for rows lets others pass."""
+        if len(self.running) >= self.slots:
+            return None
         for place, request in enumerate(self.queue):
-            if len(self.running) >= self.slots:
-                return None
-            if self.can_start(request.version):
+            if self.can_start(request.version, now_s):
                 del self.queue[place]
                 return request
         return None

@@ -138,8 +138,7 @@ class Simulation:
         elif replica is not None and replica.is_alive:
             replica.finish(index)
             self._senders[index].routing.finish(str(index))
-            while (request := replica.next_startable()) is not None:
-                self._start(replica, request)
+            self._start_waiting(replica)
 
     # Requests.
 
@@ -150,7 +149,7 @@ class Simulation:
         view.record(version, WORK)
         routing.choose(request_id, replica_id, WORK)
         replica = self.replicas[replica_id]
-        if not replica.queue and replica.can_start(version):
+        if replica.can_start(version, self.now_s):
             self._start(replica, request)
         else:
             replica.queue.append(request)
@@ -164,6 +163,12 @@ class Simulation:
         record.replica[index] = replica.number
         done_s = self.now_s + load_s + request.service_s
         heappush(self._events, (done_s, next(self._numbers), None, replica, index))
+        if load_s:
+            self._at(self.now_s + load_s, partial(self._start_waiting, replica))
+
+    def _start_waiting(self, replica: SimulatedReplica) -> None:
+        while (request := replica.next_startable(self.now_s)) is not None:
+            self._start(replica, request)
 
     # Replicas.
 
@@ -200,6 +205,9 @@ class Simulation:
             loads = replica.obey(orders.wanted, orders.pinned, self.now_s)
             if loads:
                 self.record.prefetches.append((self.now_s, loads))
+                for ready_s in sorted(set(replica.bank.values())):
+                    if ready_s > self.now_s:
+                        self._at(ready_s, partial(self._start_waiting, replica))
 
     def _lose(self) -> None:
         """The router that finds it dead says so, as in production; its requests are sent again."""

@@ -8,8 +8,10 @@ import pytest
 from benchmarks.placement.__main__ import QUICK_FLEET, QUICK_SPAN, Case, run
 from benchmarks.placement.bars import rows_of
 from benchmarks.placement.policies import OURS, RIVALS, Policy
+from benchmarks.placement.replica import Request, SimulatedReplica
 from benchmarks.placement.simulation import Loss, Simulation
-from benchmarks.placement.traces import WORKLOADS, Fleet, Span, best_hit_rate, draw
+from benchmarks.placement.traces import LOAD_S, WORKLOADS, Fleet, Span, best_hit_rate, draw
+from storage.identity import AdapterVersion
 
 LEAST_LOADED, BOUNDED_HASHING, MULTIPLEX_RULE = RIVALS
 
@@ -75,3 +77,17 @@ def test_runs_of_several_seeds_are_rounds_of_one_row_and_only_ours_is_judged() -
     hit = next(row for row in ours if row.name.endswith("over the best"))
     assert hit.bar == 0.985
     assert all(row.bar is None for row in rows if row.name.startswith(rival.policy.name))
+
+
+def test_a_second_request_for_an_adapter_that_is_being_loaded_waits_and_lets_others_pass() -> None:
+    one, other = AdapterVersion("1" * 64), AdapterVersion("2" * 64)
+    replica = SimulatedReplica("a", 0, slots=4, rows=4, ranks={one: 1, other: 1})
+    assert replica.start(Request(0, one, 0.1, 0.0), now_s=0.0) == LOAD_S
+    assert not replica.can_start(one, now_s=LOAD_S / 2)
+    replica.queue.extend((Request(1, one, 0.1, 0.0), Request(2, other, 0.1, 0.0)))
+    passing = replica.next_startable(LOAD_S / 2)
+    assert passing is not None and passing.index == 2
+    assert replica.next_startable(LOAD_S / 2) is None
+    waited = replica.next_startable(LOAD_S)
+    assert waited is not None and waited.index == 1
+    assert replica.start(waited, LOAD_S) == 0

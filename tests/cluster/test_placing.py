@@ -293,3 +293,39 @@ def test_an_adapter_is_planned_where_it_is_rather_than_where_it_was_to_be() -> N
     live[2] = replace(live[2], resident=frozenset([item.version]))
     plan = place([item], live, Placement({item.version: ("replica-0",)}), SETTINGS)
     assert plan.holders[item.version] == ("replica-2",) and not plan.prefetch
+
+
+def test_a_hot_adapter_moves_where_cold_ones_fill_the_rows_and_none_of_them_is_forgotten() -> None:
+    hot = [adapter(index, work=10.0) for index in range(4)]
+    cold = [adapter(index, work=0.1) for index in range(4, 16)]
+    live = [
+        replace(space, resident=frozenset(item.version for item in items))
+        for space, items in zip(spaces(2, rows=10), (hot, cold[:8]), strict=True)
+    ]
+    before = Placement(
+        {item.version: ("replica-0",) for item in hot}
+        | {item.version: ("replica-1",) for item in cold[:8]}
+    )
+    plan = place([*hot, *cold], live, before, SETTINGS)
+    moved = [item for item in hot if plan.holders[item.version] == ("replica-1",)]
+    assert len(moved) == 2
+    assert {(item.version, "replica-1") for item in moved} == plan.prefetch
+    assert all(item.version in plan.holders or item.version in plan.no_room for item in cold)
+    assert sum(rows_of(plan, [*hot, *cold]).values()) == 16
+
+
+def test_no_move_takes_the_rows_of_what_is_worth_more_or_reserved() -> None:
+    wide = [adapter(index, rows=4, work=10.0) for index in range(2)]
+    worthy = [adapter(index, work=3.0) for index in range(2, 5)]
+    kept = WantedAdapter(version(9), rows=1, work=0.0, is_reserved=True)
+    live = [
+        replace(space, resident=frozenset(item.version for item in items))
+        for space, items in zip(spaces(2, rows=10), (wide, [*worthy, kept]), strict=True)
+    ]
+    live[1] = replace(live[1], rows=5)
+    before = Placement(
+        {item.version: ("replica-0",) for item in wide}
+        | {item.version: ("replica-1",) for item in (*worthy, kept)}
+    )
+    plan = place([*wide, *worthy, kept], live, before, SETTINGS)
+    assert plan.holders == before.holders

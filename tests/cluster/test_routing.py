@@ -176,3 +176,37 @@ def test_requests_that_end_leave_their_slots_free_without_waiting_for_a_heartbea
     assert routing.best(ONE, ["a", "b"], table) == ["b"]
     routing.finish("0")
     assert routing.best(ONE, ["a", "b"], table) == ["a"]
+
+
+def test_what_requests_took_counts_not_what_they_were_taken_for() -> None:
+    clock = ManualClock()
+    table = PlacementTable(
+        holders={ONE: ("a", "b")}, residents={ONE: ("a", "b")}, replicas={"a": IDLE, "b": IDLE}
+    )
+    routing = Routing(clock)
+    for name in "ab":
+        routing.best(ONE, ["a", "b"], table)
+        routing.choose(name, name, 10.0)
+    clock.advance(0.2)
+    routing.finish("b")
+    clock.advance(2.0)
+    routing.finish("a")
+    table = replace(table, replicas=dict(table.replicas))
+    assert routing.best(ONE, ["a", "b"], table) == ["b"]
+
+
+def test_who_was_busy_for_long_gives_way_to_who_is_busy_just_now() -> None:
+    clock = ManualClock()
+    table = PlacementTable(
+        holders={ONE: ("a", "b")}, residents={ONE: ("a", "b")}, replicas={"a": IDLE, "b": IDLE}
+    )
+    routing = Routing(clock)
+    for number in range(30):
+        table = replace(table, replicas=dict(table.replicas))
+        routing.best(ONE, ["a", "b"], table)
+        routing.choose(str(number), "a", 10.0)
+        clock.advance(0.5)
+        routing.finish(str(number))
+    routing.choose("just now", "b", 10.0)
+    table = replace(table, replicas=dict(table.replicas))
+    assert routing.best(ONE, ["a", "b"], table) == ["b"]
