@@ -45,6 +45,12 @@ class TrainingSettings(BaseModel):
         default=100 << 20, ge=1, le=1 << 30, description="Of one uploaded file of examples."
     )
     num_workers: int = Field(default=1, ge=1, le=1024)
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Begin or go on with as few as this while the cluster has no room for num_workers; "
+        "unset: wait for all.",
+    )
     cpus_per_worker: float = Field(
         default=1.0, gt=0, description="What Ray sets aside; how many are used is `threads`."
     )
@@ -67,5 +73,6 @@ class TrainingSettings(BaseModel):
         description="Lost workers are started again so often, from the last checkpoint.",
     )
     storage_path: Path = Field(
-        default=Path("~/.flora/training"), description="Checkpoints and events of jobs."
+        default=Path("~/.flora/training"),
+        description="Scratch of running jobs on each machine; what lasts of a job is in the registry's store.",
     )

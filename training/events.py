@@ -119,6 +119,16 @@ class AdapterFailed(TrainingEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class RoundFinished(TrainingEvent):
+    """All workers' adapters are saved. Who was busy for less than `seconds` waited for the others."""
+
+    kind: ClassVar[str] = "round"
+    round: int
+    seconds: float
+    busy_s: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobFinished(TrainingEvent):
     """The last line of a job that ran to its end, whether or not every adapter succeeded."""
 
@@ -150,6 +160,7 @@ _KINDS: dict[str, type[TrainingEvent]] = {
         AdapterFinished,
         AdapterPublished,
         AdapterFailed,
+        RoundFinished,
         JobFinished,
         JobFailed,
     )

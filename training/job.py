@@ -73,6 +73,8 @@ def _run(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, Any
 
         return run_training(checked, settings, log_event, job_id=job_id)
     except InvalidRequestError as error:
+        if error.param == "job_id":
+            raise  # no id of a job, or that of another one, which this is no news of
         # Whoever waits for the job reads its events, not its log.
         with JobStore(open_store(settings.storage), job_id).writer("driver") as tell:
             tell(JobFailed(job_id, error.message))

@@ -1,10 +1,11 @@
-"""All that is settled before a worker starts: the base is there, the data is tokenised, every adapter has a worker.
+"""All that is settled before a worker starts: the base is there, the data is tokenised, every adapter has its cost.
 
 No Ray, no model weights in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from storage.base_checkpoint import BaseFacts, read_base_facts
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
+from storage.identity import canonical_json
 from training.adapter_run import AdapterData
 from training.config import TrainingSettings
 from training.example_stream import mixed_seed
@@ -29,19 +31,34 @@ from workers.models.loading import find_base, load_config, load_tokenizer
 
 @dataclass(frozen=True)
 class JobPlan:
-    """`shares[w]` are the adapters of worker w, by name; every worker has at least one."""
+    """Adapters by name: their data, their optimizer steps, and what training them costs (`adapter_cost`)."""
 
     spec: TrainingSpec
     base: BaseFacts
     data: Mapping[str, AdapterData]
     num_steps: Mapping[str, int]
-    shares: tuple[tuple[str, ...], ...]
+    costs: Mapping[str, float]
+
+    def digest(self) -> str:
+        """Of everything that decides what the adapters become: tokens, settings, base. Not of where files lie."""
+        hashed = hashlib.sha256(
+            canonical_json([self.base.digest, self.spec.dtype, self.spec.tenant])
+        )
+        for adapter in self.spec.adapters:
+            settings = adapter.model_dump(
+                mode="json", exclude={"data": True, "evaluation": {"data"}}
+            )
+            hashed.update(canonical_json(settings))
+            data = self.data[adapter.name]
+            for sequence in (*data.training, None, *data.held_out):
+                hashed.update(repr(sequence).encode())
+        return hashed.hexdigest()
 
 
 def plan_job(
     spec: TrainingSpec, settings: TrainingSettings, storage: StorageSettings | None = None
 ) -> JobPlan:
-    """Read and tokenise everything a job needs, and see that every worker's share fits in its memory.
+    """Read and tokenise everything a job needs, and see that any adapter fits in the memory of any worker.
 
     Args:
         storage: how a base model in S3 is reached.
@@ -68,28 +85,14 @@ def plan_job(
         adapter.name: adapter_cost(adapter, data[adapter.name], num_steps[adapter.name])
         for adapter in spec.adapters
     }
-    shares = share_out(costs, settings.num_workers)
-    for share in shares:
-        some = [adapter for adapter in spec.adapters if adapter.name in share]
-        trainer_limits(config, some, data, getattr(torch, spec.dtype), settings)
-    return JobPlan(spec, base, data, num_steps, shares)
+    trainer_limits(config, spec.adapters, data, getattr(torch, spec.dtype), settings)
+    return JobPlan(spec, base, data, num_steps, costs)
 
 
 def adapter_cost(spec: AdapterSpec, data: AdapterData, num_steps: int) -> float:
     """Base-GEMM rows of the whole training: tokens × (1 + rank)."""
     tokens = sum(len(sequence.tokens) for sequence in data.training) / len(data.training)
     return tokens * spec.batch_size * num_steps * (1 + spec.rank)
-
-
-def share_out(costs: Mapping[str, float], num_workers: int) -> tuple[tuple[str, ...], ...]:
-    """Longest first, each to the worker with least to do. Fewer workers if there are fewer adapters."""
-    shares: list[list[str]] = [[] for _ in range(min(num_workers, len(costs)))]
-    load = [0.0] * len(shares)
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        worker = load.index(min(load))
-        shares[worker].append(name)
-        load[worker] += costs[name]
-    return tuple(tuple(share) for share in shares)
 
 
 def _adapter_data(

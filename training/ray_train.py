@@ -1,35 +1,21 @@
-"""One job as a Ray Train run: each worker holds the whole frozen base and trains its own share of the adapters.
-
-There is no gradient traffic between workers; they only meet in `report`, which is a barrier, so every worker reports
-every round. A round's checkpoint has one file per adapter, so a run may go on with another number of workers.
-"""
+"""One job as a Ray Train run, from its driver: what each worker does is `training/ray_worker.py`."""
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
-import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from storage.base_checkpoint import BaseFacts
-from storage.config import StorageSettings
-from storage.errors import StoreUnavailableError
-from storage.registry import Registry
 from storage.stores import open_store
-from training.adapter_run import AdapterData, AdapterRun
+from training.checkpoints import Checkpoints
 from training.config import TrainingSettings
 from training.events import (
     AdapterFailed,
@@ -38,19 +24,19 @@ from training.events import (
     JobFailed,
     JobFinished,
     JobStarted,
-    WorkerStarted,
 )
-from training.frozen_base import FrozenBase
-from training.job_memory import trainer_limits
-from training.job_plan import JobPlan, plan_job
+from training.job_plan import plan_job
 from training.job_settings import JobAreas, job_directory
 from training.job_store import JobStore
-from training.publishing import publisher
+from training.ray_worker import WorkerTask, train_share
+from training.rounds import Work
 from training.spec import TrainingSpec
-from training.trainer import MultiAdapterTrainer
-from workers.models.loading import find_base, load_base
 
 _POLL_S = 1.0
+# A lost worker is noticed at once; this bounds the wait for one that is only slow.
+_LONGEST_ROUND_S = 24 * 3600
+# Taking in more workers costs the steps since the last round.
+_LOOK_FOR_ROOM_S = 300.0
 
 logger = logging.getLogger("flora.training")
 
@@ -71,20 +57,6 @@ class JobResult:
         return self.error is None and not self.failed
 
 
-@dataclass(frozen=True)
-class WorkerTask:
-    """Everything one job's workers need, as plain data. The share of worker w is `shares[w]`."""
-
-    spec: TrainingSpec
-    base: BaseFacts
-    data: Mapping[str, AdapterData]
-    num_steps: Mapping[str, int]
-    shares: tuple[tuple[str, ...], ...]
-    storage: StorageSettings
-    training: TrainingSettings
-    job_id: str
-
-
 def run_training(
     spec: TrainingSpec, settings: JobAreas, on_event: EventSink, *, job_id: str
 ) -> JobResult:
@@ -99,43 +71,45 @@ def run_training(
     Raises:
         SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
     """
-    directory = job_directory(settings, job_id)
-    job = JobStore(open_store(settings.storage), job_id)
+    store = open_store(settings.storage)
+    job, checkpoints = JobStore(store, job_id), Checkpoints(store, job_id)
     plan = plan_job(spec, settings.training, settings.storage)
-    if not ray.is_initialized():
+    work = Work(plan.digest(), plan.costs, plan.num_steps, spec.checkpoint_every_steps)
+    commit = checkpoints.read(work.digest)
+    left = work.left(commit) if commit is not None else work.costs
+    if left and not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     with _followed(job, on_event), job.writer("driver") as tell:
-        tell(JobStarted(job_id, tuple(plan.data), len(plan.shares)))
-        error = _fit(_task(plan, settings, job_id), settings.training, directory)
+        workers = min(settings.training.num_workers, len(left))
+        tell(JobStarted(job_id, tuple(plan.data), workers))
+        task = WorkerTask(plan, work, settings.storage, settings.training, job_id)
+        error = _fit(task, workers, job_directory(settings, job_id)) if left else None
         result = _result(job, error)
         if error is None:
+            checkpoints.forget_finished()
             tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
         else:
             tell(JobFailed(job_id, error))
     return result
 
 
-def _task(plan: JobPlan, settings: JobAreas, job_id: str) -> WorkerTask:
-    return WorkerTask(
-        spec=plan.spec,
-        base=plan.base,
-        data=plan.data,
-        num_steps=plan.num_steps,
-        shares=plan.shares,
-        storage=settings.storage,
-        training=settings.training,
-        job_id=job_id,
-    )
+def _fit(task: WorkerTask, workers: int, scratch: Path) -> str | None:
+    """Run to the end; returns why it did not get there.
 
-
-def _fit(task: WorkerTask, settings: TrainingSettings, directory: Path) -> str | None:
-    """Run to the end; returns why it did not get there."""
+    Ray Train wants a storage path of its own for the checkpoints it is given. It is given none: a path on one machine
+    would be another one for workers elsewhere, and for S3 it would need a second client with credentials, endpoint
+    and failures of its own, whose uploads are not atomic. Ours go to the registry's store by the client the registry
+    uses, and a resume needs nothing but the job's id. So `scratch` holds only Ray Train's marker files, on whichever
+    machine; it may be empty, or gone, the next time.
+    """
+    settings = task.training
     trainer = TorchTrainer(
-        _train_share,
+        train_share,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=TorchConfig(backend="gloo", timeout_s=_LONGEST_ROUND_S),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=len(task.shares),
+            num_workers=_num_workers(settings, workers),
+            elastic_resize_monitor_interval_s=_LOOK_FOR_ROOM_S,
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": settings.cpus_per_worker,
@@ -143,10 +117,9 @@ def _fit(task: WorkerTask, settings: TrainingSettings, directory: Path) -> str |
             },
         ),
         run_config=ray.train.RunConfig(
-            name=directory.name,
-            storage_path=str(directory.parent),
+            name=scratch.name,
+            storage_path=str(scratch.parent),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
     try:
@@ -155,6 +128,12 @@ def _fit(task: WorkerTask, settings: TrainingSettings, directory: Path) -> str |
         logger.error("%s", error)
         return _reason(error)
     return None
+
+
+def _num_workers(settings: TrainingSettings, workers: int) -> int | tuple[int, int]:
+    """Fixed, or for Ray to choose as the cluster has room: at the start, after a loss, and when room appears."""
+    fewest = min(settings.min_workers or workers, workers)
+    return workers if fewest == workers else (fewest, workers)
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
@@ -207,86 +186,3 @@ def _followed(job: JobStore, on_event: EventSink) -> Iterator[None]:
         finally:
             done.set()
         followed.result()
-
-
-def _train_share(config: Mapping[str, Any]) -> None:
-    """The function Ray Train runs on every worker."""
-    task: WorkerTask = config["task"]
-    context = ray.train.get_context()
-    cores = len(os.sched_getaffinity(0)) // context.get_local_world_size()
-    torch.set_num_threads(task.training.threads or max(1, cores))
-    rank = context.get_world_rank()
-    share = task.shares[rank]
-    job = JobStore(open_store(task.storage), task.job_id)
-    with job.writer(f"worker-{rank}") as tell:
-        tell(WorkerStarted(rank, len(task.shares), socket.gethostname(), os.getpid(), share))
-        trainer = _trainer(task, share, tell)
-        done = _restore(trainer)
-        trainer.start()
-        while not _all_done(trainer):
-            _stop_cancelled(trainer, job)
-            for _ in range(task.spec.checkpoint_every_steps):
-                trainer.step()
-            tell.flush()
-            done += 1
-            _report(trainer, done)
-
-
-def _all_done(trainer: MultiAdapterTrainer) -> bool:
-    """Whether all workers' adapters are over; every worker asks before every round, and all hear the same."""
-    left = torch.tensor(float(not trainer.is_done))
-    torch.distributed.all_reduce(left)
-    return left.item() == 0
-
-
-def _stop_cancelled(trainer: MultiAdapterTrainer, job: JobStore) -> None:
-    with suppress(StoreUnavailableError):  # it is looked for again at the next round
-        for adapter in job.stopped():
-            trainer.stop(adapter, "it was cancelled")
-
-
-def _trainer(task: WorkerTask, share: tuple[str, ...], tell: EventSink) -> MultiAdapterTrainer:
-    device = ray.train.torch.get_device()
-    adapters = [adapter for adapter in task.spec.adapters if adapter.name in share]
-    base = find_base(task.spec.base, task.storage)
-    loaded = load_base(str(base), getattr(torch, task.spec.dtype), device)
-    limits = trainer_limits(
-        loaded.model.config, adapters, task.data, loaded.model.dtype, task.training
-    )
-    return MultiAdapterTrainer(
-        FrozenBase.adopt(loaded, max_tokens=max(one.sequence_length for one in adapters)),
-        [AdapterRun(one, task.data[one.name], task.num_steps[one.name]) for one in adapters],
-        publish=publisher(
-            Registry(open_store(task.storage)),
-            task.base,
-            tenant=task.spec.tenant,
-            job_id=task.job_id,
-            max_bytes=task.storage.max_adapter_bytes,
-        ),
-        on_event=tell,
-        max_resident=limits.max_resident if limits else None,
-        max_step_tokens=limits.max_step_tokens if limits else task.training.max_step_tokens,
-    )
-
-
-def _report(trainer: MultiAdapterTrainer, done: int) -> None:
-    """Save this worker's adapters as round `done`, and wait for the others."""
-    with tempfile.TemporaryDirectory() as folder:
-        for number, run in enumerate(trainer.runs):
-            state = {"round": done, **trainer.state_of(number)}
-            torch.save(state, Path(folder) / f"{run.name}.pt")
-        ray.train.report({"round": done}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _restore(trainer: MultiAdapterTrainer) -> int:
-    """Take up the last checkpoint, if there is one; returns the rounds that are done."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    done = 0
-    with checkpoint.as_directory() as folder:
-        for number, run in enumerate(trainer.runs):
-            state = torch.load(Path(folder) / f"{run.name}.pt", weights_only=True)
-            trainer.restore(number, state)
-            done = state["round"]
-    return done

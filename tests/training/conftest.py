@@ -38,3 +38,9 @@ def store(request: pytest.FixtureRequest) -> ObjectStore:
     """Each store in turn: a test that asks for this runs once on a directory and once on S3."""
     settings: StorageSettings = request.getfixturevalue(f"{request.param}_settings")
     return open_store(settings)
+
+
+@pytest.fixture
+def undurable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a power cut needs what `fsync` does; without it, tests of thousands of writes take seconds."""
+    monkeypatch.setattr("os.fsync", lambda _: None)

@@ -10,7 +10,7 @@ import pytest
 
 from storage.errors import InvalidRequestError, SpecificationError
 from training.config import TrainingSettings
-from training.job_plan import plan_job, share_out
+from training.job_plan import plan_job
 from training.spec import TrainingSpec
 from training.spec_file import parse_spec
 
@@ -29,11 +29,11 @@ def test_a_plan_has_the_data_the_steps_and_the_base(tiny_llama_dir: Path, tmp_pa
         {"name": "a", "epochs": 2, "evaluation": {"fraction": 0.25}},
         {"name": "b", "steps": 70, "rank": 8},
     )
-    plan = plan_job(spec, TrainingSettings(num_workers=5))
+    plan = plan_job(spec, TrainingSettings())
     assert (len(plan.data["a"].training), len(plan.data["a"].held_out)) == (15, 5)
     assert not set(plan.data["a"].training) & set(plan.data["a"].held_out)
     assert plan.num_steps == {"a": 8, "b": 70}
-    assert plan.shares == (("b",), ("a",))
+    assert plan.costs["b"] > plan.costs["a"] > 0
     assert "model.layers.0.self_attn.q_proj" in plan.base.projections
 
 
@@ -67,8 +67,20 @@ def test_a_base_that_is_not_there_is_refused(tiny_llama_dir: Path, tmp_path: Pat
         plan_job(spec.model_copy(update={"base": str(tmp_path / "none")}), TrainingSettings())
 
 
-def test_work_is_shared_by_cost_and_nobody_is_idle() -> None:
-    costs = {"a": 10.0, "b": 9.0, "c": 6.0, "d": 5.0, "e": 4.0}
-    assert share_out(costs, 2) == (("a", "d", "e"), ("b", "c"))
-    assert share_out({"a": 1.0}, 4) == (("a",),)
-    assert sorted(name for share in share_out(costs, 3) for name in share) == sorted(costs)
+def test_a_jobs_digest_is_of_what_it_trains_and_not_of_where_that_lies(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    def digest(folder: str, **fields: Any) -> str:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        one = {"name": "a", "evaluation": {"fraction": 0.25}, **fields}
+        return plan_job(
+            spec_on(tiny_llama_dir, tmp_path / folder, one), TrainingSettings()
+        ).digest()
+
+    assert digest("here") == digest("there")
+    changes: list[dict[str, Any]] = [{"rank": 2}, {"seed": 2}, {"epochs": 2}, {"alias": "prod"}]
+    others = [digest("here", **change) for change in changes]
+    assert len({digest("here"), *others}) == 5
+    spec = spec_on(tiny_llama_dir, tmp_path / "here", {"name": "a"})
+    (tmp_path / "here" / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    assert plan_job(spec, TrainingSettings()).digest() not in {digest("there"), *others}

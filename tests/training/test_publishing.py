@@ -24,18 +24,42 @@ from tests.training.tiny_jobs import (
     tiny_model,
     trained,
 )
-from training.publishing import peft_files, publisher
+from training.checkpoints import Checkpoints
+from training.publishing import JobPublisher, peft_files
 from training.spec import AdapterSpec
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(LocalObjectStore(tmp_path))
+def store(tmp_path: Path) -> LocalObjectStore:
+    return LocalObjectStore(tmp_path / "store")
+
+
+@pytest.fixture
+def registry(store: LocalObjectStore) -> Registry:
+    return Registry(store)
 
 
 @pytest.fixture(scope="module")
 def base() -> BaseFacts:
     return BaseFacts("a" * 64, "tiny", tiny_base().layers.projections)
+
+
+@pytest.fixture
+def publish(store: LocalObjectStore, registry: Registry, base: BaseFacts) -> JobPublisher:
+    return publisher_of("job-1", store, registry, base)
+
+
+def publisher_of(
+    job_id: str, store: LocalObjectStore, registry: Registry, base: BaseFacts
+) -> JobPublisher:
+    return JobPublisher(
+        registry,
+        base,
+        Checkpoints(store, job_id),
+        tenant="default",
+        job_id=job_id,
+        max_bytes=1 << 20,
+    )
 
 
 SPECS = [
@@ -50,10 +74,9 @@ SPECS = [
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_a_published_adapter_reads_back_as_it_was_trained(
-    registry: Registry, base: BaseFacts, spec: AdapterSpec
+    registry: Registry, publish: JobPublisher, base: BaseFacts, spec: AdapterSpec
 ) -> None:
     rows = trained(spec).published[spec.name]
-    publish = publisher(registry, base, tenant="default", job_id="job-1", max_bytes=1 << 20)
     version = publish(spec, rows)
 
     name = AdapterName("default", spec.name)
@@ -73,16 +96,32 @@ def test_a_published_adapter_reads_back_as_it_was_trained(
     assert publish(spec, rows) == version, "publishing again is the same version"
 
 
-def test_weights_nobody_may_serve_are_refused(registry: Registry, base: BaseFacts) -> None:
+def test_weights_nobody_may_serve_are_refused(registry: Registry, publish: JobPublisher) -> None:
     spec = adapter("wild", steps=1)
     rows = trained(spec).published["wild"]
     for module in rows.modules.values():
         assert module.mul_a_RO is not None
         module.mul_a_RO[0, 0] = 2e4
-    publish = publisher(registry, base, tenant="default", job_id="job-1", max_bytes=1 << 20)
     with pytest.raises(AdapterRefusedError):
         publish(spec, rows)
     assert list(registry.list("default")) == []
+    assert publish.again(spec) is None
+
+
+def test_a_job_publishes_an_adapter_as_one_thing_whatever_its_attempts_come_out_as(
+    store: LocalObjectStore, registry: Registry, publish: JobPublisher, base: BaseFacts
+) -> None:
+    spec = adapter("once", steps=1)
+    first, other = (
+        trained(spec.model_copy(update={"steps": steps})).published["once"] for steps in (1, 2)
+    )
+    assert publish.again(spec) is None, "nothing was about to be published"
+    version = publish(spec, first)
+    assert publish(spec, other) == version
+    assert publish.again(spec) == version
+    assert len(list(registry.versions(AdapterName("default", "once")))) == 1
+    another_job = publisher_of("job-2", store, registry, base)
+    assert another_job(spec, other) != version
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

@@ -1,0 +1,239 @@
+"""Whatever stops an attempt, at whichever write, the next one goes on from a whole round and ends the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
+from storage.local_store import LocalObjectStore
+from storage.object_store import ObjectStore
+from storage.stores import open_store
+from tests.training.round_parts import (
+    JOB,
+    SHORT_WORK,
+    STEPS,
+    WORK,
+    KilledError,
+    KillingStore,
+    published,
+    run_attempt,
+)
+from training import job_store
+from training.checkpoints import Checkpoints, Commit
+from training.events import AdapterPublished, AdapterStep, RoundFinished, WorkerStarted
+from training.job_store import JobStore
+from training.rounds import Work
+
+
+@pytest.fixture(autouse=True)
+def only_told_to_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the writes of an attempt are always the same ones."""
+    monkeypatch.setattr(job_store, "FLUSH_EVERY_S", 1000.0)
+
+
+@pytest.fixture
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[bytes]]:
+    store = LocalObjectStore(tmp_path_factory.mktemp("undisturbed"))
+    run_attempt(store)
+    return published(store)
+
+
+def states(store: ObjectStore) -> list[str]:
+    return [info.key for info in store.list(f"jobs/{JOB}/checkpoints/0")]
+
+
+def commit_of(store: ObjectStore) -> Commit:
+    commit = Checkpoints(store, JOB).read(WORK.digest)
+    assert commit is not None
+    return commit
+
+
+@pytest.mark.usefixtures("undurable")
+@pytest.mark.parametrize(
+    ("kind", "workers", "work"), [("local", 1, WORK), ("local", 2, WORK), ("s3", 2, SHORT_WORK)]
+)
+def test_an_attempt_killed_before_any_write_changes_nothing_in_the_end(
+    request: pytest.FixtureRequest,
+    undisturbed: dict[str, list[bytes]],
+    kind: str,
+    workers: int,
+    work: Work,
+) -> None:
+    """Every write in turn is the first that does not happen; the next attempt has other workers and last bits."""
+    store = open_store(request.getfixturevalue(f"{kind}_settings"))
+    expected = {name: undisturbed[name] for name in work.costs}
+    writes = 0
+    while True:
+        for info in [*store.list("jobs/"), *store.list("published/")]:
+            store.delete(info.key)
+        dying = KillingStore(store, writes)
+        try:
+            run_attempt(dying, workers, work=work)
+        except KilledError:
+            pass
+        else:
+            break
+        if (commit := Checkpoints(store, JOB).read(work.digest)) is not None:
+            for saved in commit.adapters.values():
+                Checkpoints(store, JOB).load(saved)
+        had_published = published(store)
+        run_attempt(store, 1 + writes % 3, noise=1, work=work)
+        after = published(store)
+        assert {name: len(contents) for name, contents in after.items()} == dict.fromkeys(
+            expected, 1
+        )
+        for name, (content,) in after.items():
+            assert without_noise(content) == without_noise(*expected[name])
+            assert [content] == had_published.get(name, [content])
+        commit = commit_of(store)
+        assert sorted(states(store)) == sorted(saved.key for saved in commit.adapters.values())
+        writes += 1
+    assert writes >= 15
+    assert published(store) == expected
+
+
+def without_noise(content: bytes) -> list[bytes]:
+    return content.split()[:2]
+
+
+def test_a_step_told_again_after_a_loss_is_the_later_word(store: ObjectStore) -> None:
+    with pytest.raises(KilledError):
+        run_attempt(KillingStore(store, 12))
+    before = commit_of(store)
+    run_attempt(store)
+    events = JobStore(store, JOB).read_events().events
+    told = [
+        event.step for event in events if isinstance(event, AdapterStep) and event.adapter == "c"
+    ]
+    assert sorted(set(told)) == list(range(1, 13)), "no step of a committed round is lost"
+    resumed = before.adapters["c"].step
+    assert 0 < resumed < 12
+    again = told[told.index(resumed) + 1 :]
+    assert again[-(12 - resumed) :] == list(range(resumed + 1, 13))
+    last = {event.adapter for event in events if isinstance(event, AdapterPublished)}
+    assert last == set(STEPS)
+
+
+def test_a_job_that_is_over_begins_no_round(store: ObjectStore) -> None:
+    run_attempt(store)
+    rounds = commit_of(store).round
+    before = published(store)
+    run_attempt(store, noise=5)
+    assert published(store) == before
+    assert commit_of(store).round == rounds
+
+
+def test_who_runs_dry_takes_over_from_the_others(
+    local: ObjectStore, undisturbed: dict[str, list[bytes]]
+) -> None:
+    expensive = Work("d" * 64, {"a": 100.0, "b": 1.0, "c": 1.0}, STEPS, 2)
+    run_attempt(local, workers=2, work=expensive)
+    events = JobStore(local, JOB).read_events().events
+    shares: dict[int, list[tuple[str, ...]]] = {0: [], 1: []}
+    for event in events:
+        if isinstance(event, WorkerStarted):
+            shares[event.worker].append(event.adapters)
+    assert shares == {0: [("a",), ("c",)], 1: [("b", "c"), ("b",)]}
+    assert published(local) == undisturbed
+    rounds = [event for event in events if isinstance(event, RoundFinished)]
+    assert [event.round for event in rounds] == [1, 2, 3, 4, 5, 6]
+    assert all(len(event.busy_s) == 2 for event in rounds)
+    assert all(max(event.busy_s) <= event.seconds for event in rounds)
+
+
+def test_a_cancelled_adapter_stops_at_the_next_round_and_the_others_go_on(
+    local: ObjectStore,
+) -> None:
+    JobStore(local, JOB).stop("b")
+    run_attempt(local)
+    assert set(published(local)) == {"a", "c"}
+    assert commit_of(local).is_over("b")
+
+
+# Checkpoints alone.
+
+
+def saved_round(checkpoints: Checkpoints, commit: Commit, **values: int) -> Commit:
+    saved = {
+        name: checkpoints.save(commit, name, {"value": value}, step=value, is_over=False)
+        for name, value in values.items()
+    }
+    return Commit(commit.job_digest, commit.attempt, commit.round + 1, (("a", "b"),), saved)
+
+
+def test_what_was_committed_comes_back_and_the_same_is_not_written_twice(
+    store: ObjectStore,
+) -> None:
+    checkpoints = Checkpoints(store, JOB)
+    assert checkpoints.read("d") is None
+    first = saved_round(checkpoints, checkpoints.begin("d"), a=1, b=1)
+    checkpoints.commit(first)
+    second = saved_round(checkpoints, first, a=2, b=1)
+    checkpoints.commit(second)
+    checkpoints.clean(second)
+    again = Checkpoints(store, JOB)
+    assert again.read("d") == second
+    values = {name: again.load(saved)["value"] for name, saved in second.adapters.items()}
+    assert values == {"a": 2, "b": 1}
+    assert states(store) == [first.adapters["b"].key, second.adapters["a"].key]
+
+
+def test_an_attempt_that_was_taken_over_can_neither_commit_nor_remove_anything(
+    store: ObjectStore,
+) -> None:
+    old = Checkpoints(store, JOB)
+    first = saved_round(old, old.begin("d"), a=1)
+    old.commit(first)
+    late = saved_round(old, first, a=2)
+    new = Checkpoints(store, JOB)
+    taken = new.begin("d")
+    assert (taken.attempt, taken.round) == (2, 1)
+    assert states(store) == [first.adapters["a"].key], "what was left uncommitted is gone"
+    mine = saved_round(new, taken, a=3)
+    saved_round(old, first, a=2)
+    with pytest.raises(OverloadedError, match="another attempt of the job 'job'"):
+        old.commit(late)
+    old.clean(first)
+    new.commit(mine)
+    new.clean(mine)
+    assert new.load(mine.adapters["a"]) == {"value": 3}
+    assert states(store) == [mine.adapters["a"].key]
+
+
+def test_a_checkpoint_that_is_damaged_or_gone_is_named(store: ObjectStore) -> None:
+    checkpoints = Checkpoints(store, JOB)
+    first = saved_round(checkpoints, checkpoints.begin("d"), a=1)
+    checkpoints.commit(first)
+    saved = first.adapters["a"]
+    data = bytearray(store.get(saved.key).data)
+    data[len(data) // 2] ^= 1
+    store.put(saved.key, bytes(data))
+    with pytest.raises(AdapterCorruptError, match=r"000001-000001/a\.pt"):
+        checkpoints.load(saved)
+    store.delete(saved.key)
+    with pytest.raises(AdapterCorruptError, match=r"000001-000001/a\.pt"):
+        checkpoints.load(saved)
+    commit_key = f"jobs/{JOB}/checkpoints/commit.json"
+    store.put(commit_key, b"{}")
+    with pytest.raises(AdapterCorruptError, match=r"commit\.json"):
+        checkpoints.read("d")
+
+
+def test_a_job_does_not_go_on_with_what_another_one_trained(local: ObjectStore) -> None:
+    Checkpoints(local, JOB).begin("d")
+    for ask in (Checkpoints(local, JOB).read, Checkpoints(local, JOB).begin):
+        with pytest.raises(InvalidRequestError, match="give this one an id of its own"):
+            ask("e")
+
+
+def test_what_was_to_be_published_is_decided_once(store: ObjectStore) -> None:
+    checkpoints = Checkpoints(store, JOB)
+    assert checkpoints.finished("a") is None
+    assert checkpoints.keep_finished("a", {"x": b"1", "y": b"2"}) == {"x": b"1", "y": b"2"}
+    assert checkpoints.keep_finished("a", {"x": b"3"}) == {"x": b"1", "y": b"2"}
+    assert checkpoints.finished_adapters() == {"a"}
+    store.put(f"jobs/{JOB}/checkpoints/finished/b.zip", b"PK")
+    with pytest.raises(AdapterCorruptError, match=r"b\.zip"):
+        checkpoints.finished("b")
+    checkpoints.forget_finished()
+    assert checkpoints.finished("a") is None
