@@ -36,7 +36,8 @@ class Failure:
 @dataclass
 class S3Server:
     """A running server. `failures` are the answers to the next requests; `requests` what was asked, by method;
-    `ranges` the parts of objects that were asked for. While `may_answer` is clear, requests wait.
+    `ranges` the parts of objects that were asked for. `before` is called with method and path before a request is
+    carried out. While `may_answer` is clear, requests wait.
     """
 
     application: _Application
@@ -44,6 +45,7 @@ class S3Server:
     failures: deque[Failure] = field(default_factory=deque)
     requests: list[str] = field(default_factory=list)
     ranges: list[str] = field(default_factory=list)
+    before: Callable[[str, str], None] = lambda method, path: None
     may_answer: threading.Event = field(default_factory=threading.Event)
     # S3 decides each conditional write atomically; moto looks and then writes, so its requests must take turns.
     turn: threading.Lock = field(default_factory=threading.Lock)
@@ -55,6 +57,7 @@ class S3Server:
     ) -> Iterable[bytes]:
         if not self.may_answer.wait(60):
             raise TimeoutError("this server was never allowed to answer again")
+        self.before(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         with self.turn:
             self.requests.append(environ["REQUEST_METHOD"])
             if "HTTP_RANGE" in environ:

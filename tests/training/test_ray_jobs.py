@@ -1,4 +1,4 @@
-"""Real Ray: a run that loses its worker, and a job sent to the job server."""
+"""Real Ray, and a registry in S3: jobs that lose a worker or their driver, and what the job server is told."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 import os
 import signal
 import time
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -19,13 +22,13 @@ from storage.formats.peft import read_peft
 from storage.identity import AdapterName, AdapterVersion
 from storage.registry import Registry
 from storage.stores import open_store
+from tests.storage.s3_server import S3Server
 from tests.training.tiny_jobs import largest_difference
 from training.adapter_run import AdapterRun
 from training.backend import JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.events import (
     AdapterStarted,
-    AdapterStep,
     JobFinished,
     JobStarted,
     TrainingEvent,
@@ -37,6 +40,7 @@ from training.job_settings import JobSettings
 from training.job_store import JobStore
 from training.ray_jobs import RayJobBackend
 from training.ray_train import run_training
+from training.sharing import share_out
 from training.spec import AdapterSpec, TrainingSpec
 from training.spec_file import read_spec
 from training.stored_spec import store_spec
@@ -47,11 +51,11 @@ JOB_TIMEOUT_S = 300
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> JobSettings:
+def settings(s3_settings: StorageSettings, tmp_path: Path) -> JobSettings:
     return JobSettings(
-        storage=StorageSettings(registry=str(tmp_path / "registry")),
+        storage=s3_settings,
         training=TrainingSettings(
-            storage_path=tmp_path / "jobs", cpus_per_worker=0.5, threads=1, max_failures=2
+            storage_path=tmp_path / "scratch", cpus_per_worker=0.5, threads=1, max_failures=2
         ),
     )
 
@@ -94,6 +98,7 @@ def published_rows(settings: JobSettings, name: str) -> tuple[AdapterVersion, Ad
 def rows_without_ray(spec: TrainingSpec) -> dict[str, AdapterRows]:
     plan = plan_job(spec, TrainingSettings())
     base = load_base(spec.base, torch.float32, torch.device("cpu"))
+    adapters = {adapter.name: adapter for adapter in spec.adapters}
     rows: dict[str, AdapterRows] = {}
 
     def publish(adapter: AdapterSpec, made: AdapterRows) -> AdapterVersion:
@@ -102,50 +107,66 @@ def rows_without_ray(spec: TrainingSpec) -> dict[str, AdapterRows]:
 
     MultiAdapterTrainer(
         FrozenBase.adopt(base, max_tokens=512),
-        [AdapterRun(one, plan.data[one.name], plan.num_steps[one.name]) for one in spec.adapters],
+        [
+            AdapterRun(adapters[name], plan.data[name], plan.num_steps[name])
+            for name in share_out(plan.costs, 1)[0]
+        ],
         publish=publish,
         on_event=lambda event: None,
     ).run()
     return rows
 
 
-class KillsTheWorkerOnce:
-    """Follows a run, and at a step between two checkpoints kills -9 the process that trains."""
+def events_of(settings: JobSettings, job_id: str) -> tuple[TrainingEvent, ...]:
+    return JobStore(open_store(settings.storage), job_id).read_events().events
 
-    def __init__(self, at_step: int) -> None:
-        self.seen: list[TrainingEvent] = []
+
+def starts_of(events: Sequence[TrainingEvent], adapter: str) -> list[int]:
+    return [e.step for e in events if isinstance(e, AdapterStarted) and e.adapter == adapter]
+
+
+COMMIT, WORKER_EVENTS = "commit.json", "events/worker-0"
+
+
+class KillsOnce:
+    """Kills -9 a process just before the last of these writes to the store, which come in this order among others."""
+
+    def __init__(self, kill: Callable[[], None], *keys: str) -> None:
         self.has_killed = False
-        self._at_step = at_step
+        self._kill, self._keys = kill, list(keys)
 
-    def __call__(self, event: TrainingEvent) -> None:
-        self.seen.append(event)
-        if isinstance(event, AdapterStep) and event.step >= self._at_step and not self.has_killed:
-            (worker,) = (event for event in self.seen if isinstance(event, WorkerStarted))
-            os.kill(worker.pid, signal.SIGKILL)
-            self.has_killed = True
+    def __call__(self, method: str, path: str) -> None:
+        if method == "PUT" and self._keys and self._keys[0] in path:
+            self._keys.pop(0)
+            if not self._keys:
+                self.has_killed = True
+                self._kill()
 
 
 def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
-    ray_session: LocalCluster, settings: JobSettings, spec: TrainingSpec
+    ray_session: LocalCluster, s3_api: S3Server, settings: JobSettings, spec: TrainingSpec
 ) -> None:
-    long = spec.adapters[1].model_copy(update={"steps": 90})
-    spec = spec.model_copy(
-        update={"checkpoint_every_steps": 20, "adapters": (spec.adapters[0], long)}
-    )
-    watcher = KillsTheWorkerOnce(at_step=50)
-    result = run_training(spec, settings, watcher, job_id="job-1")
+    seen: list[TrainingEvent] = []
 
-    assert watcher.has_killed
-    starts = [e for e in watcher.seen if isinstance(e, AdapterStarted) and e.adapter == "long"]
-    assert [start.step for start in starts] in ([0, 20], [0, 40])
+    def kill_the_worker() -> None:
+        (worker,) = (e for e in events_of(settings, "job-1") if isinstance(e, WorkerStarted))
+        os.kill(worker.pid, signal.SIGKILL)
+
+    # An attempt begins with a commit, each round ends with one; within a round events are told by the clock.
+    s3_api.before = killer = KillsOnce(kill_the_worker, COMMIT, COMMIT, WORKER_EVENTS)
+    result = run_training(spec, settings, seen.append, job_id="job-1")
+
+    assert killer.has_killed
+    assert starts_of(seen, "long") == [0, 4]
+    assert starts_of(seen, "short") == [0], "what was published is not trained again"
     assert result.is_success
     expected = rows_without_ray(spec)
     for name in ("short", "long"):
         version, rows = published_rows(settings, name)
         assert result.published[name] == version
-        assert largest_difference(rows, expected[name]) <= 1e-6
-    told = JobStore(open_store(settings.storage), "job-1").read_events().events
-    assert told == tuple(watcher.seen)
+        assert largest_difference(rows, expected[name]) == 0.0
+    told = events_of(settings, "job-1")
+    assert sorted(told, key=repr) == sorted(seen, key=repr), "each event was told once"
     assert isinstance(told[0], JobStarted) and isinstance(told[-1], JobFinished)
 
 
@@ -157,23 +178,43 @@ def ended(backend: RayJobBackend, job_id: str) -> JobInfo:
     return info
 
 
-def test_a_submitted_job_trains_on_two_workers_and_publishes(
-    ray_session: LocalCluster, settings: JobSettings, spec: TrainingSpec
+def test_a_submitted_job_whose_driver_is_killed_goes_on_with_another_number_of_workers(
+    ray_session: LocalCluster, s3_api: S3Server, settings: JobSettings, spec: TrainingSpec
 ) -> None:
-    two_workers = settings.training.model_copy(update={"num_workers": 2})
-    settings = JobSettings(storage=settings.storage, training=two_workers)
-    backend = RayJobBackend(ray_session.dashboard_url, settings)
-    key = store_spec(open_store(settings.storage), spec, "job-2")
-    first = backend.submit(key, "job-2")
-    assert not first.status.is_final
-    assert backend.submit(key, "job-2").job_id == "job-2", "the same job, not a second one"
+    def with_workers(count: int) -> RayJobBackend:
+        training = settings.training.model_copy(update={"num_workers": count})
+        sized = JobSettings(storage=settings.storage, training=training)
+        return RayJobBackend(ray_session.dashboard_url, sized)
 
-    info = ended(backend, "job-2")
-    log = list(backend.logs("job-2"))
+    job_id = f"job-{uuid.uuid4().hex[:8]}"
+
+    def kill_the_driver() -> None:
+        workers = [e.pid for e in events_of(settings, job_id) if isinstance(e, WorkerStarted)]
+        assert len(workers) == 2
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if command[1:3] == ["-m", "training.job"] and job_id in command:
+                process.kill()
+        psutil.wait_procs([psutil.Process(pid) for pid in workers], timeout=JOB_TIMEOUT_S)
+
+    s3_api.before = killer = KillsOnce(kill_the_driver, COMMIT, COMMIT, COMMIT)
+    key = store_spec(open_store(settings.storage), spec, job_id)
+    first = with_workers(2).submit(key, job_id)
+    assert not first.status.is_final
+    assert with_workers(2).submit(key, job_id).job_id == job_id, "the same job, not a second one"
+    assert ended(with_workers(2), job_id).status is JobStatus.FAILED
+    assert killer.has_killed
+
+    again = with_workers(1)
+    again.submit(key, job_id)
+    info = ended(again, job_id)
+    log = list(again.logs(job_id))
     assert info.status is JobStatus.SUCCEEDED, log
     assert any("published 2 of 2 adapters" in line for line in log)
-    told = JobStore(open_store(settings.storage), "job-2").read_events().events
-    assert isinstance(told[0], JobStarted) and told[0].workers == 2
+    told = events_of(settings, job_id)
+    assert [e.workers for e in told if isinstance(e, JobStarted)] == [2, 1]
+    assert starts_of(told, "short") == [0], "what was published is not trained again"
+    assert starts_of(told, "long") in ([0, 4], [0, 8])
     expected = rows_without_ray(spec)
     for name in ("short", "long"):
         assert largest_difference(published_rows(settings, name)[1], expected[name]) <= 1e-6
