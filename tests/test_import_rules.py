@@ -27,6 +27,7 @@ PACKAGES = {
 RAY_SHELLS = {
     "cluster.actor",  # the actor that holds the table
     "training.ray_train",  # one job as a Ray Train run
+    "training.ray_worker",  # what each of its workers does
     "training.ray_jobs",  # jobs through Ray's job server
     "training.job",  # the entry point of such a job
 }
