@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import adapters, base, chat, doctor, keys, status, train, up
+from cli import adapters, base, chat, doctor, jobs, keys, status, train, up
 from cli.console import err, print_error
 from cli.demo.command import demo
 from cli.errors import exit_code
@@ -47,6 +47,7 @@ app.command("demo")(demo)
 app.command("chat")(chat.chat)
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
+app.add_typer(jobs.app, name="jobs")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(base.app, name="base")
 app.add_typer(keys.app, name="keys")

@@ -21,6 +21,7 @@ from cli.training_job import TrainingResult, cancel, follow, job_backend, submit
 from deployments.settings import Settings
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
+from training.learning_curve import Curve, sparkline
 from training.spec import TrainingSpec
 
 
@@ -63,7 +64,7 @@ def train(
             try:
                 result = follow(backend, settings, job_id)
             except KeyboardInterrupt:
-                cancel(backend, job_id)
+                cancel(backend, settings, job_id)
                 raise
     _tell(result, as_json, is_served=running is not None)
     if result.failed:
@@ -139,7 +140,9 @@ def _tell(result: TrainingResult, as_json: bool, is_served: bool) -> None:
             }
         )
         return
-    table = Table("adapter", Column("version", no_wrap=True), "steps", "first loss", "last loss")
+    table = Table(
+        "adapter", Column("version", no_wrap=True), "steps", "first loss", "last loss", "course"
+    )
     for name, losses in result.losses.items():
         version = result.published.get(name)
         table.add_row(
@@ -148,8 +151,12 @@ def _tell(result: TrainingResult, as_json: bool, is_served: bool) -> None:
             str(len(losses)),
             f"{losses[0]:.3f}" if losses else "",
             f"{losses[-1]:.3f}" if losses else "",
+            sparkline(Curve(name, tuple(enumerate(losses, 1)))),
         )
     out.print(table)
-    out.print(f"{result.seconds:.0f} s · job {result.job_id}")
+    out.print(
+        f"{result.seconds:.0f} s · job {result.job_id}; see: flora jobs show {result.job_id}",
+        soft_wrap=True,
+    )
     if is_served and result.published:
         out.print(f"Try next:\n  flora chat {next(iter(result.published))}")

@@ -13,6 +13,7 @@ from cli.training_progress import TrainingProgress
 from deployments.settings import Settings
 from storage.stores import open_store, open_store_to_read
 from training.backend import JobBackend, JobInfo, JobStatus
+from training.job_reports import cancel_job
 from training.job_store import JobStore
 from training.spec import TrainingSpec
 
@@ -43,13 +44,11 @@ def submit(spec: TrainingSpec, ray: LocalCluster, settings: Settings, job_id: st
 
 
 def job_backend(ray: LocalCluster, settings: Settings) -> JobBackend:
-    """The job server of a Ray on this machine, which has this checkout already."""
-    from training.job_settings import JobSettings
-    from training.ray_jobs import RayJobBackend
+    """A Ray on this machine, which has this checkout already, unless the settings name another place for jobs."""
+    from training.backends import open_backend
 
     ray.authenticate()
-    job_settings = JobSettings(storage=settings.storage, training=settings.training)
-    return RayJobBackend(ray.dashboard_url, job_settings)
+    return open_backend(settings, ray.dashboard_url)
 
 
 def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResult:
@@ -83,10 +82,10 @@ def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResu
     )
 
 
-def cancel(backend: JobBackend, job_id: str) -> None:
+def cancel(backend: JobBackend, settings: Settings, job_id: str) -> None:
     """Stop a job, whatever the person at the keyboard presses meanwhile."""
     with shielded(), err.status(f"cancelling {job_id}"):
-        info = backend.cancel(job_id)
+        info = cancel_job(backend, open_store(settings.storage), job_id)
         while not info.status.is_final:
             time.sleep(_POLL_S)
             info = backend.get(job_id)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from storage.identity import sha256_hex
+from training.event_text import describe
 from training.events import (
     AdapterEvaluated,
     AdapterFailed,
-    AdapterFinished,
-    AdapterPublished,
-    AdapterStarted,
     AdapterStep,
     TrainingEvent,
     event_line,
@@ -67,8 +65,7 @@ def events_view(job: FineTuningJob, training: Sequence[TrainingEvent]) -> list[d
         )
         for number, note in enumerate(job.notes)
     ]
-    for event in training:
-        told += _training_event(job, event)
+    told += [_training_event(job, event) for event in training]
     return [shown for _, shown in sorted(told, key=lambda one: one[0], reverse=True)]
 
 
@@ -96,35 +93,20 @@ def checkpoints_view(job: FineTuningJob, training: Sequence[TrainingEvent]) -> l
     ]
 
 
-def _training_event(job: FineTuningJob, event: TrainingEvent) -> list[tuple[float, dict[str, Any]]]:
-    level, data = "info", None
-    match event:
-        case AdapterStarted():
-            message = (
-                f"training from step {event.step} of {event.steps}: {event.family} of rank {event.rank}, "
-                f"{event.sequences} examples ({event.truncated} cut, {event.dropped} left out)"
-            )
-        case AdapterStep():
-            message = f"Step {event.step}/{event.steps}: training loss={event.loss:.4f}"
-            data = {
-                "step": event.step,
-                "total_steps": event.steps,
-                "train_loss": _number(event.loss),
-                "learning_rate": event.learning_rate,
-            }
-        case AdapterEvaluated():
-            message = f"Step {event.step}: validation loss={event.loss:.4f}"
-            data = {"step": event.step, "full_valid_loss": _number(event.loss)}
-        case AdapterFinished():
-            message = f"finished at step {event.step}: {event.reason}"
-        case AdapterPublished():
-            message = f"published as version {event.version}"
-        case AdapterFailed():
-            level, message = "error", f"stopped at step {event.step}: {event.reason}"
-        case _:
-            return []
+def _training_event(job: FineTuningJob, event: TrainingEvent) -> tuple[float, dict[str, Any]]:
+    data = None
+    if isinstance(event, AdapterStep):
+        data = {
+            "step": event.step,
+            "total_steps": event.steps,
+            "train_loss": _number(event.loss),
+            "learning_rate": event.learning_rate,
+        }
+    elif isinstance(event, AdapterEvaluated):
+        data = {"step": event.step, "full_valid_loss": _number(event.loss)}
+    level = "error" if isinstance(event, AdapterFailed) else "info"
     seed = job.job_id.encode() + event_line(event)
-    return [_event(seed, event.at_s, message, level=level, data=data)]
+    return _event(seed, event.at_s, describe(event), level=level, data=data)
 
 
 def _event(

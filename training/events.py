@@ -147,6 +147,14 @@ class JobFailed(TrainingEvent):
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class JobCancelled(TrainingEvent):
+    """Told by whoever cancelled it. Something told by its workers at the same moment may still follow."""
+
+    kind: ClassVar[str] = "job_cancelled"
+    job_id: str
+
+
 EventSink = Callable[[TrainingEvent], None]
 
 _KINDS: dict[str, type[TrainingEvent]] = {
@@ -163,6 +171,7 @@ _KINDS: dict[str, type[TrainingEvent]] = {
         RoundFinished,
         JobFinished,
         JobFailed,
+        JobCancelled,
     )
 }
 

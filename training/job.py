@@ -33,7 +33,7 @@ from training.events import (
     TrainingEvent,
 )
 from training.job_settings import JobSettings, job_directory, read_job_settings
-from training.job_store import JobStore
+from training.job_store import DRIVER, JobStore
 from training.spec import TrainingSpec
 from training.spec_file import read_spec
 from training.stored_spec import STORED, fetch_spec
@@ -76,7 +76,7 @@ def _run(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, Any
         if error.param == "job_id":
             raise  # no id of a job, or that of another one, which this is no news of
         # Whoever waits for the job reads its events, not its log.
-        with JobStore(open_store(settings.storage), job_id).writer("driver") as tell:
+        with JobStore(open_store(settings.storage), job_id).writer(DRIVER) as tell:
             tell(JobFailed(job_id, error.message))
         raise
 

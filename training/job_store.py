@@ -30,6 +30,9 @@ from storage.identity import checked_name
 from storage.object_store import ObjectNotFoundError, ObjectStore
 from training.events import TrainingEvent, event_line, parse_event
 
+DRIVER = "driver"
+"""The name of the writer that tells of the job as a whole."""
+
 FLUSH_EVERY_S = 1.0
 _OBJECT_BYTES = 256 << 10
 _NAME = re.compile(r"(?P<writer>.+)-(?P<number>\d{4,})\.jsonl")
@@ -68,10 +71,11 @@ class JobStore:
         unique = f"{checked_name(name, param='writer')}-{secrets.token_hex(4)}"
         return EventWriter(self._store, self._events + unique, clock)
 
-    def read_events(self, cursor: str = "") -> EventPage:
+    def read_events(self, cursor: str = "", writer: str = "") -> EventPage:
         """What was told since `cursor`, the `next` of an earlier page; from the beginning without one.
 
-        A job that told nothing yet, or does not exist, has an empty page.
+        With the name of a `writer`, only what was told under that name: the driver tells little, the workers every
+        step. A job that told nothing yet, or does not exist, has an empty page.
 
         Raises:
             InvalidRequestError: not a cursor.
@@ -79,16 +83,16 @@ class JobStore:
         """
         position = _parsed_cursor(cursor)
         new: dict[str, list[TrainingEvent]] = {}
-        for writer, sizes in self._objects().items():
-            at, offset = position.get(writer, (0, 0))
+        for source, sizes in self._objects(writer).items():
+            at, offset = position.get(source, (0, 0))
             for number in sorted(number for number in sizes if number >= at):
                 offset = offset if number == at else 0
                 # One that has a successor has ended, perhaps after its size was listed.
                 if number == max(sizes) and sizes[number] <= offset:
                     continue
-                data = self._rest(f"{writer}-{number:04}.jsonl", offset, sizes[number])
-                new.setdefault(writer, []).extend(_events(data, writer))
-                position[writer] = (number, offset + len(data))
+                data = self._rest(f"{source}-{number:04}.jsonl", offset, sizes[number])
+                new.setdefault(source, []).extend(_events(data, source))
+                position[source] = (number, offset + len(data))
         events = merge(*new.values(), key=lambda event: event.at_s)
         return EventPage(tuple(events), json.dumps(position, separators=(",", ":")))
 
@@ -111,10 +115,10 @@ class JobStore:
     def _file(self, name: str) -> str:
         return f"{self.folder}files/{name}"
 
-    def _objects(self) -> dict[str, dict[int, int]]:
-        """writer → number of an object → its bytes."""
+    def _objects(self, writer: str) -> dict[str, dict[int, int]]:
+        """Each writer, or each of that name → number of an object → its bytes."""
         found: dict[str, dict[int, int]] = {}
-        for info in self._store.list(self._events):
+        for info in self._store.list(self._events + (f"{writer}-" if writer else "")):
             name = _NAME.fullmatch(info.key.removeprefix(self._events))
             if name is not None:
                 found.setdefault(name["writer"], {})[int(name["number"])] = info.num_bytes

@@ -27,7 +27,7 @@ from training.events import (
 )
 from training.job_plan import plan_job
 from training.job_settings import JobAreas, job_directory
-from training.job_store import JobStore
+from training.job_store import DRIVER, JobStore
 from training.ray_worker import WorkerTask, train_share
 from training.rounds import Work
 from training.spec import TrainingSpec
@@ -79,7 +79,7 @@ def run_training(
     left = work.left(commit) if commit is not None else work.costs
     if left and not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    with _followed(job, on_event), job.writer("driver") as tell:
+    with _followed(job, on_event), job.writer(DRIVER) as tell:
         workers = min(settings.training.num_workers, len(left))
         tell(JobStarted(job_id, tuple(plan.data), workers))
         task = WorkerTask(plan, work, settings.storage, settings.training, job_id)

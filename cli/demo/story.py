@@ -56,7 +56,7 @@ class Story:
         try:
             result = follow(backend, self._settings, job_id)
         except KeyboardInterrupt:
-            cancel(backend, job_id)
+            cancel(backend, self._settings, job_id)
             raise
         if result.failed:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in result.failed.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from cli.local_cluster import LocalCluster
 from deployments.app import build_app
@@ -21,6 +23,7 @@ from storage.identity import AdapterVersion
 from tests.deployments.metrics.scraping import scrape, value
 from tests.deployments.serving import Served, serve_world, until
 from tests.deployments.world import BASE_ID, World, settings_for
+from training.backends import open_backend
 
 PROMPTS = ["the quick brown", "a few small words", "user", "lazy dog jumps", "system over"]
 RANKS = {"rank-1": 1, "rank-2": 2, "rank-3": 3, "rank-5": 5, "rank-7": 7}
@@ -251,3 +254,86 @@ def test_a_server_that_anybody_could_reach_is_not_built(served: Served, tmp_path
     with pytest.raises(SpecificationError) as caught:
         build_app({"engine": {"bank_row": 8}})
     assert caught.value.param == "engine.bank_row"
+
+
+def upload(client: openai.OpenAI, answer: str) -> str:
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}"},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for n in range(8)
+    ]
+    data = "\n".join(map(json.dumps, lines)).encode()
+    return client.files.create(file=(f"{answer}.jsonl", data), purpose="fine-tune").id
+
+
+def test_jobs_become_adapters_of_one_training_job_and_answer_at_once(
+    served: Served,
+) -> None:
+    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+    jobs = client.fine_tuning.jobs
+    adapter: dict[str, Any] = {"rank": 2, "learning_rate": 0.05, "steps": 12}
+    made = {
+        name: jobs.create(
+            model=BASE_ID,
+            training_file=upload(client, name),
+            suffix=name,
+            extra_body={"adapter": {**adapter, "family": family}},
+        )
+        for name, family in (("fox", "flora"), ("dog", "lora"))
+    }
+    endless = jobs.create(
+        model=BASE_ID,
+        training_file=upload(client, "endless"),
+        extra_body={"adapter": {"rank": 1, "steps": 10**6}},
+    )
+    broken = jobs.create(
+        model=BASE_ID,
+        training_file=client.files.create(file=("b.jsonl", b"{"), purpose="fine-tune").id,
+    )
+
+    def all_over() -> bool:
+        return all(jobs.retrieve(job.id).finished_at is not None for job in made.values())
+
+    until(all_over, "both jobs end", within_s=120)
+    assert jobs.retrieve(endless.id).status == "running"
+    assert jobs.cancel(endless.id).status == "cancelled"
+    done = {name: jobs.retrieve(job.id) for name, job in made.items()}
+    assert {job.status for job in done.values()} == {"succeeded"}, [
+        (job.error, [event.message for event in jobs.list_events(job.id)]) for job in done.values()
+    ]
+    assert jobs.retrieve(broken.id).status == "failed"
+    (training_job,) = {job.training_job for job in done.values()}  # type: ignore[attr-defined]
+    submitted = [
+        each.submission_id for each in JobSubmissionClient(served.ray.dashboard_url).list_jobs()
+    ]
+    assert [each for each in submitted if str(each).startswith("ftbatch-")] == [training_job]
+
+    messages: Any = [{"role": "user", "content": "3"}]
+    answers = {
+        model: client.chat.completions.create(
+            model=model, messages=messages, max_tokens=4, temperature=0
+        )
+        .choices[0]
+        .message.content
+        for model in (BASE_ID, *(str(job.fine_tuned_model) for job in done.values()))
+    }
+    assert len(set(answers.values())) == 3, answers
+    for job in done.values():
+        assert job.trained_tokens is not None and job.trained_tokens > 12 * 4
+        events = list(jobs.list_events(job.id, limit=100))
+        losses = [event.data["train_loss"] for event in events if event.type == "metrics"]  # type: ignore[index]
+        assert len(losses) == 12 and losses[0] < losses[-1], "newest first: the loss fell"
+        (checkpoint,) = jobs.checkpoints.list(job.id)
+        assert client.completions.create(
+            model=checkpoint.fine_tuned_model_checkpoint, prompt="the", max_tokens=1
+        ).choices
+    # The one that was cancelled holds the training job no longer.
+    backend = open_backend(served.world.settings, served.ray.dashboard_url)
+    until(lambda: backend.get(training_job).status.is_final, "the training job ends")
+    told = [event.message for event in jobs.list_events(endless.id, limit=100)]
+    assert any("it was cancelled" in message for message in told)
+    assert endless.id not in [each.id for each in client.models.list()]

@@ -151,6 +151,33 @@ def test_the_budget_and_the_policy_select_the_pods_they_are_for() -> None:
     assert policy <= worker.items() and policy <= head.items()
 
 
+def test_the_ingress_may_make_training_jobs_and_nothing_else() -> None:
+    _, worker = pod_templates(only("RayService"))
+    account, role, binding = only("ServiceAccount"), only("Role"), only("RoleBinding")
+    assert worker["spec"]["serviceAccountName"] == account["metadata"]["name"]
+    (subject,) = binding["subjects"]
+    assert (subject["kind"], subject["name"]) == ("ServiceAccount", account["metadata"]["name"])
+    assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == (
+        "Role",
+        role["metadata"]["name"],
+    )
+    rights = {
+        (group, resource): set(rule["verbs"])
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    # What training/kubernetes_jobs.py asks for.
+    assert rights == {
+        ("ray.io", "rayjobs"): {"create", "get", "list", "patch"},
+        ("", "pods"): {"list"},
+        ("", "pods/log"): {"get"},
+    }
+    training = Settings(**serve_config()["applications"][0]["args"]).training
+    assert training.backend == "kubernetes"
+    assert (ROOT / training.kubernetes_template).is_file()
+
+
 def test_there_are_workers_for_as_many_replicas_as_there_may_be() -> None:
     serve = Settings(**serve_config()["applications"][0]["args"]).serve
     (group,) = only("RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]

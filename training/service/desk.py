@@ -23,6 +23,7 @@ from training.backend import JobBackend, JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.examples import read_examples
 from training.initial_rows import check_targets
+from training.job_reports import cancel_job
 from training.job_store import JobStore
 from training.service.batching import due_batches
 from training.service.files import UploadedFiles
@@ -285,11 +286,13 @@ class Desk:
 
     def _end(self, batch_id: str, members: Sequence[FineTuningJob]) -> None:
         """Nobody waits for anything of the batch any more."""
-        if all(job.status is FineTuningStatus.CANCELLED for job in members) and any(
-            job.attempts for job in members
-        ):
+        job_store = JobStore(self._store, batch_id)
+        cancelled = [job for job in members if job.status is FineTuningStatus.CANCELLED]
+        for job in cancelled:
+            job_store.stop(job.name)
+        if len(cancelled) == len(members) and any(job.attempts for job in members):
             with suppress(NotFoundError):  # gone with its cluster
-                self._backend.cancel(batch_id)
+                cancel_job(self._backend, self._store, batch_id)
         for job in members:
             self._records.put_away(job)
 

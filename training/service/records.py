@@ -7,7 +7,7 @@ fine-tuning/requests/<tenant>/<digest>.json     which job a request with an idem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
@@ -80,10 +80,16 @@ class JobRecords:
 
     def find(self, job_id: str) -> FineTuningJob | None:
         """A job of any tenant."""
-        for one in self._store.list(f"{_ROOT}/jobs/"):
-            if one.key.endswith(f"/{job_id}.json"):
-                return read(self._store, one.key, FineTuningJob)
+        for tenant, found in self._all():
+            if found == job_id:
+                return self._find(tenant, job_id)
         return None
+
+    def newest(self, limit: int) -> list[FineTuningJob]:
+        """So many jobs of all tenants, newest first."""
+        ids = sorted(self._all(), key=lambda found: found[1], reverse=True)
+        jobs = parallel(lambda found: self._find(*found), ids[:limit])
+        return [job for job in jobs if job is not None]
 
     def change(self, job: FineTuningJob, change: Change) -> FineTuningJob:
         """The job as `change` leaves its newest state, which may be unchanged. Raises NotFoundError."""
@@ -105,6 +111,13 @@ class JobRecords:
     def put_away(self, job: FineTuningJob) -> None:
         """The desk needs to do no more about a job."""
         self._store.delete(_mark(job))
+
+    def _all(self) -> Iterator[tuple[str, str]]:
+        """Tenant and id of every job."""
+        folder = f"{_ROOT}/jobs/"
+        for one in self._store.list(folder):
+            tenant, _, name = one.key.removeprefix(folder).partition("/")
+            yield tenant, name.removesuffix(".json")
 
     def _id_under_key(self, request: FineTuningRequest, job_id: str, key: str) -> str:
         place = f"{_ROOT}/requests/{request.tenant}/{sha256_hex(key.encode())}.json"

@@ -94,6 +94,19 @@ def test_one_job_of_a_batch_is_cancelled_and_the_other_goes_on(world: World) -> 
     assert statuses(world, one, two) == [CANCELLED, SUCCEEDED]
 
 
+def test_one_that_is_cancelled_when_the_others_are_done_is_stopped_too(world: World) -> None:
+    one, two = world.create("one"), world.create("two")
+    world.tick(0, 5)
+    batch = batch_of(world, one, two)
+    world.cluster.begin(batch)
+    world.cluster.train(batch, "one")
+    world.tick()
+    cancel(world, two)
+    world.tick(0, 0)
+    assert JobStore(world.store, batch).stopped() == {"two"}
+    assert not world.cluster.get(batch).status.is_final, "it ends by itself, and tidies up"
+
+
 def test_when_all_are_cancelled_the_training_job_is(world: World) -> None:
     one, two = world.create("one"), world.create("two")
     world.tick(0, 5)

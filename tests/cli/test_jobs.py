@@ -1,0 +1,113 @@
+"""`flora jobs` with no cluster anywhere: what the store knows is enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from storage.local_store import LocalObjectStore
+from storage.object_store import ObjectStore
+from tests.cli.conftest import Flora, as_json
+from tests.training.service.desks import VERSION, World
+from training.events import AdapterPublished, AdapterStarted, AdapterStep, JobFinished, JobStarted
+from training.job_store import JobStore
+from training.service.job import FineTuningJob
+
+
+@pytest.fixture
+def store(home: Path) -> ObjectStore:
+    return LocalObjectStore(home / "registry")
+
+
+def run_job(store: ObjectStore, job_id: str, *adapters: str, is_killed: bool = False) -> None:
+    """Three steps, each with half the loss of the one before."""
+    job = JobStore(store, job_id)
+    with job.writer("driver") as driver, job.writer("worker-0") as worker:
+        driver(JobStarted(job_id, adapters, 1))
+        for name in adapters:
+            worker(AdapterStarted(name, "flora", 1, 0, 3, 8, 0, 0))
+            for step in (1, 2, 3):
+                worker(AdapterStep(name, step, 3, 4.0 / 2**step, 1.0, 1e-3, 9.0, tokens=5))
+            worker(AdapterPublished(name, VERSION, "latest"))
+        if not is_killed:
+            driver(JobFinished(job_id, adapters, ()))
+
+
+def fine_tuned(store: ObjectStore) -> tuple[World, FineTuningJob, FineTuningJob]:
+    """Two jobs of the API in one batch, the second still running."""
+    world = World(store)
+    one, two = world.create("one"), world.create("two")
+    world.tick(0, 5)
+    batch = world.now(one).batch
+    assert batch is not None
+    world.cluster.begin(batch)
+    world.cluster.train(batch, "one")
+    world.tick()
+    return world, world.now(one), world.now(two)
+
+
+def test_jobs_are_listed_newest_first_with_what_became_of_them(
+    flora: Flora, store: ObjectStore
+) -> None:
+    assert "flora train" in flora("jobs", "ls").stdout
+    run_job(store, "first", "red", "blue")
+    run_job(store, "second", "green", is_killed=True)
+    rows = as_json(flora("jobs", "ls", "--json"))
+    assert [(row["job"], row["status"]) for row in rows] == [
+        ("second", "running"),
+        ("first", "succeeded"),
+    ]
+    assert rows[1]["adapters"] == ["red", "blue"]
+    assert len(as_json(flora("jobs", "ls", "--limit", "1", "--json"))) == 1
+    text = flora("jobs", "ls").stdout
+    assert "red, blue" in text and "succeeded" in text
+
+
+def test_a_job_is_shown_with_the_course_of_its_losses(flora: Flora, store: ObjectStore) -> None:
+    run_job(store, "first", "red", "blue")
+    shown = as_json(flora("jobs", "show", "first", "--json"))
+    assert shown["status"] == "succeeded"
+    red = shown["adapters"][0]
+    assert (red["steps"], red["first_loss"], red["last_loss"]) == (3, 2.0, 0.5)
+    assert red["version"] == VERSION and red["curve"][0] == "█"
+    assert red["curve"] in flora("jobs", "show", "first").stdout
+
+
+def test_the_log_has_every_step_also_when_nothing_runs_any_more(
+    flora: Flora, store: ObjectStore
+) -> None:
+    run_job(store, "first", "red")
+    lines = flora("jobs", "logs", "first", "--follow").stdout.splitlines()
+    assert any("red" in line and "Step 2/3: training loss=1.0000" in line for line in lines)
+    assert "1 published, 0 failed" in lines[-1]
+    events = as_json(flora("jobs", "logs", "first", "--json"))
+    assert events[0]["event"] == "job_started"
+
+
+def test_jobs_of_the_api_are_known_by_their_own_ids(flora: Flora, store: ObjectStore) -> None:
+    world, one, two = fine_tuned(store)
+    rows = as_json(flora("jobs", "ls", "--json"))
+    assert [(row["job"], row["status"]) for row in rows] == [
+        (two.job_id, "running"),
+        (one.job_id, "succeeded"),
+    ]
+    shown = as_json(flora("jobs", "show", one.job_id, "--json"))
+    assert (shown["training_job"], shown["base"]) == (one.batch, "tiny")
+    assert [adapter["adapter"] for adapter in shown["adapters"]] == ["one"]
+    assert "two" not in flora("jobs", "logs", one.job_id).stdout.split()
+
+    assert as_json(flora("jobs", "cancel", two.job_id, "--json"))["status"] == "cancelled"
+    assert world.now(two).status.value == "cancelled"
+    assert two.batch is not None and JobStore(store, two.batch).stopped() == {"two"}
+    assert as_json(flora("jobs", "cancel", one.job_id, "--json"))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("command", ["show", "logs", "cancel"])
+def test_an_unknown_job_is_a_wrong_question(flora: Flora, command: str) -> None:
+    assert "flora jobs ls" in flora("jobs", command, "nobody", code=2).stderr
+
+
+def test_a_job_cannot_be_cancelled_where_no_cluster_is(flora: Flora, store: ObjectStore) -> None:
+    run_job(store, "first", "red", is_killed=True)
+    assert "no cluster is running" in flora("jobs", "cancel", "first", code=1).stderr
