@@ -182,7 +182,7 @@ def measure(adapters: int, replicas: int, readers: int, seconds: float) -> list[
         spec = PlacementSpec(
             app_name="benchmark", base_id=BASE_ID, cluster=ClusterSettings(), storage=storage
         )
-        actor = PlacementActor(spec)
+        actor = PlacementActor(spec, is_alone=True)
         versions = [entry.versions[0].version for entry in entries]
         cluster = Cluster(actor, replicas, readers, versions)
         while cluster.num_served < adapters:

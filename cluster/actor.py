@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict
 
+from cluster.collecting import Collecting
 from cluster.config import ClusterSettings
 from cluster.figures import ClusterFigures
 from cluster.manager import PlacementManager
@@ -64,9 +65,12 @@ def _prefix(app_name: str) -> str:
 class PlacementActor:
     """Every method may be called from any thread and returns in milliseconds: the registry is read, and plans are made,
     on threads of their own that hold no lock meanwhile.
+
+    Args:
+        is_alone: nothing else runs in this process, whose garbage collection it may order as it needs.
     """
 
-    def __init__(self, spec: PlacementSpec) -> None:
+    def __init__(self, spec: PlacementSpec, *, is_alone: bool = False) -> None:
         self._spec = spec
         self._settings = spec.cluster
         self._manager = PlacementManager(
@@ -78,6 +82,8 @@ class PlacementActor:
         )
         self._figures = ClusterFigures()
         self._lock = threading.Lock()
+        self._thinking = threading.Lock()  # one thread computes at a time; always taken first
+        self._collecting = Collecting(time.monotonic) if is_alone else None
         self._news = threading.Event()  # for the thread that reads the registry
         self._due = threading.Event()  # for the thread that plans
         self._called_s = time.monotonic()
@@ -186,24 +192,31 @@ class PlacementActor:
                 self._manager.acquit(suspect.version)
 
     def _take(self, published: Published) -> None:
-        # Made of tens of thousands of entries: not while everybody waits.
-        word = RegistryWord(
-            published.aliases,
-            published.facts,
-            published.history,
-            published.quarantined,
-            published.pins,
-        )
-        with self._lock:
-            self._manager.set_registry(word)
-            self._notice()
+        with self._thinking:
+            # Made of tens of thousands of entries: not while everybody waits.
+            word = RegistryWord(
+                published.aliases,
+                published.facts,
+                published.history,
+                published.quarantined,
+                published.pins,
+            )
+            with self._lock:
+                self._manager.set_registry(word)
+                self._notice()
+            self._settle()
+
+    def _settle(self) -> None:
+        if self._collecting is not None:
+            self._collecting.settle()
 
     def _plan(self) -> None:
         while not self._is_over:
             self._due.wait(self._settings.tick_s)
             self._due.clear()
             try:
-                self._plan_once()
+                with self._thinking:
+                    self._plan_once()
             except Exception:
                 # This thread must outlive a plan that fails; the one before stays in force.
                 _log.exception("no plan can be made")
@@ -225,6 +238,7 @@ class PlacementActor:
             self._manager.end_tick(result)
             self._figures.planned(result.placement.holders)
             self._notice()
+        self._settle()
 
 
 def connect(spec: PlacementSpec) -> Any:
@@ -238,7 +252,7 @@ def connect(spec: PlacementSpec) -> Any:
         max_concurrency=_CALLS_AT_ONCE,
         num_cpus=0,
     )
-    return actor.remote(spec)
+    return actor.remote(spec, is_alone=True)
 
 
 def stop_managers(app_name: str) -> None:

@@ -36,6 +36,7 @@ class ChangeLog(Generic[K, V]):
     def __init__(self) -> None:
         self._values: dict[K, V] = {}
         self._stamps: dict[K, int] = {}  # also of keys that are gone; last changed last
+        self._replaced_by: Mapping[K, V] | None = None  # while nothing else has changed it
         self._forgotten = 0  # who knows nothing newer is sent the whole mapping
 
     @property
@@ -53,15 +54,28 @@ class ChangeLog(Generic[K, V]):
             self._mark(key, stamp)
 
     def replace(self, fresh: Mapping[K, V], stamp: int) -> bool:
-        """Make the mapping equal to `fresh`; only what differs counts as changed. True if anything does."""
-        if fresh == self._values:
+        """Make the mapping equal to `fresh`, which nobody alters any more; only what differs counts as changed.
+
+        True if anything does.
+        """
+        if fresh is self._replaced_by:
             return False
-        for key in self._values.keys() - fresh.keys():
+        known = self._values.get
+        changed = [
+            (key, value)
+            for key, value in fresh.items()
+            if (before := known(key)) is not value and before != value
+        ]
+        num_new = sum(key not in self._values for key, _ in changed)
+        gone = []
+        if len(self._values) + num_new != len(fresh):
+            gone = [key for key in self._values if key not in fresh]
+        for key in gone:
             self.drop(key, stamp)
-        for key, value in fresh.items():
-            if self._values.get(key) != value:
-                self.put(key, value, stamp)
-        return True
+        for key, value in changed:
+            self.put(key, value, stamp)
+        self._replaced_by = fresh
+        return bool(changed or gone)
 
     def since(self, stamp: int) -> Changes[K, V]:
         """What changed after `stamp`; the whole for 0. Takes time by the number of changes, unless it is the whole."""
@@ -79,6 +93,7 @@ class ChangeLog(Generic[K, V]):
         return Changes(values, tuple(gone))
 
     def _mark(self, key: K, stamp: int) -> None:
+        self._replaced_by = None
         self._stamps.pop(key, None)
         self._stamps[key] = stamp
         if len(self._stamps) > 2 * len(self._values) + 1000:

@@ -362,8 +362,11 @@ class PlacementManager:
     def _publish(self) -> None:
         serving = self._serving.serving
         known = self._word.facts
-        holders = {v: ids for v, ids in self.placement.holders.items() if v in known}
-        facts = {v: known[v] for v in {*serving.values(), *holders} if v in known}
+        holders = self.placement.holders
+        if not holders.keys() <= known.keys():
+            holders = {v: ids for v, ids in holders.items() if v in known}
+        named = known.keys() & {*serving.values(), *holders}
+        facts = dict(zip(named, map(known.__getitem__, named), strict=True))
         self._published = serving
         self._log.publish(serving, holders, facts)
 

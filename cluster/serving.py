@@ -100,9 +100,12 @@ class ServingVersions:
         serving: dict[AliasKey, AdapterVersion] = {}
         moving: dict[AliasKey, AdapterVersion] = {}
         for key, wish in desired.items():
+            current = self._serving.get(key)
+            if current == wish and is_good(wish):  # nearly all, nearly always
+                serving[key] = wish
+                continue
             choices = (wish, *history.get(key, ()))
             target = newest_good(choices, is_good)
-            current = self._serving.get(key)
             if current is None or not (is_known(current) or target):
                 current = target or newest_good(choices, is_known)
             if current is not None:
@@ -179,8 +182,8 @@ class ServingVersions:
         current = {*serving.values(), *moving.values()}
         for version in self._current - current:
             self._retired[version] = _Retired(now_s, heirs.get(version))
-        for version in current:
-            self._retired.pop(version, None)
+        for version in self._retired.keys() & current:
+            del self._retired[version]
         if serving != self._serving:
             self._serving = serving
         self._moving = moving

@@ -42,3 +42,13 @@ def test_what_is_gone_is_not_remembered_for_ever_and_late_readers_get_the_whole(
         log.drop(stamp, stamp)
     assert log.since(2) == Changes({-1: 0}, is_whole=True)
     assert not log.since(4999).is_whole
+
+
+def test_the_same_mapping_again_is_no_change_unless_something_else_was_in_between() -> None:
+    log: ChangeLog[str, int] = ChangeLog()
+    fresh = {"a": 1, "b": 2}
+    assert log.replace(fresh, 1)
+    assert not log.replace(fresh, 2)
+    log.drop("a", 3)
+    assert log.replace(fresh, 4)
+    assert log.since(3) == Changes({"a": 1})
