@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from ray.job_submission import JobSubmissionClient
 
 from cli.local_cluster import LocalCluster
 from storage.adapter_rows import AdapterRows
@@ -29,6 +30,7 @@ from training.backend import JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.events import (
     AdapterStarted,
+    JobFailed,
     JobFinished,
     JobStarted,
     TrainingEvent,
@@ -220,13 +222,21 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_with_another_number_of_w
         assert largest_difference(published_rows(settings, name)[1], expected[name]) <= 1e-6
 
 
-def test_a_job_with_a_wrong_specification_fails_and_says_why(
+def test_a_job_with_a_wrong_specification_fails_and_says_why_and_may_be_tried_again(
     ray_session: LocalCluster, settings: JobSettings
 ) -> None:
     backend = RayJobBackend(ray_session.dashboard_url, settings)
     backend.submit("jobs/none/spec.json", "job-3")
     assert ended(backend, "job-3").status is JobStatus.FAILED
     assert any("there is no such specification" in line for line in backend.logs("job-3"))
+    (refused,) = JobStore(open_store(settings.storage), "job-3").read_events().events
+    assert isinstance(refused, JobFailed) and "no such specification" in refused.reason
+    # Ray takes no name twice; the job is the same one all the same.
+    again = backend.submit("jobs/none/spec.json", "job-3")
+    assert again.job_id == "job-3" and not again.status.is_final
+    assert backend.cancel("job-3").job_id == "job-3"
+    assert ended(backend, "job-3").status.is_final
+    assert JobSubmissionClient(ray_session.dashboard_url).get_job_info("job-3--2")
 
 
 def test_a_job_can_be_cancelled_and_an_unknown_one_is_told(
