@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 from storage.errors import InvalidRequestError
 from training.checkpointed_layers import CheckpointedLayers
 from training.packed_attention import PackedAttention
+from workers.compiled.trained_rows import choose_trained_loops
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
 from workers.models.wrapping import wrap_linears
 from workers.row_form.adapted_linear import AdapterLayers
+from workers.row_form.adapted_product import TrainedProduct
 from workers.row_form.cost import training_cost
 
 
@@ -51,7 +53,11 @@ class FrozenBase:
         """
         model = base.model
         adopt_attention(model, max_tokens)
-        layers = wrap_linears(model, training_cost(model.dtype))
+        layers = wrap_linears(
+            model,
+            training_cost(model.dtype),
+            product=TrainedProduct(choose_trained_loops(model.dtype, model.device)),
+        )
         frozen = cls(
             layers=layers,
             head=model.get_output_embeddings(),

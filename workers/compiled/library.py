@@ -32,6 +32,11 @@ _ARGUMENTS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _SIGNATURES = {
     "stack_rows": "ppip",
     "combine_rows": "ppipippi",
+    "stack_inputs": "ppp",
+    "sum_outputs": "ppp",
+    "sum_outputs_wide": "ppp",
+    "stack_gradients": "ppppp",
+    "finish_gradients": "ppppp",
     "add_rms_norm": "pppdiip",
     "silu_mul": "ppiiip",
     "rotate": "piiipppi",

@@ -2,7 +2,8 @@
 
     y = c ∘ [ offset · x W0ᵀ + Σ_mul a_j ∘ ((b_j ∘ x) W0ᵀ) ] + Σ_add g_e · (x · p_e) q_e + bias'
 
-Plain differentiable torch: serving and training run the same code. Tokens of one adapter never enter a sum with
+Plain differentiable torch: serving and training run the same code, training with a backward of its own for products
+(`TrainedProduct`). Tokens of one adapter never enter a sum with
 another's: rows are selected, never multiplied by a mask, because 0 × inf is NaN.
 
 Source: FLoRA, arXiv 2312.05677, section 3; weight mode goes beyond it.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from workers.row_form.base_linear import BaseLinear
 from workers.row_form.module_index import ModuleIndex, RowIndex, RunBatch
+from workers.row_form.trained_rows import TrainedLoops, trained_rows
 from workers.row_form.weight_product import weight_product
 
 
@@ -26,6 +28,44 @@ def adapted_product(
 ) -> Tensor:
     """The layer's output_TO, bias included, as the float32 (or wider) sum that the caller rounds once."""
     y_TO = _products(x_TI, base, in_rows_NI, out_rows_NO, index)
+    return _with_the_rest(y_TO, x_TI, base, in_rows_NI, out_rows_NO, index)
+
+
+class TrainedProduct:
+    """`adapted_product` with the backward of `trained_rows` where mul rows are in row mode."""
+
+    def __init__(self, loops: TrainedLoops) -> None:
+        self._loops = loops
+
+    def __call__(
+        self,
+        x_TI: Tensor,
+        base: BaseLinear,
+        in_rows_NI: Tensor,
+        out_rows_NO: Tensor,
+        index: ModuleIndex,
+    ) -> Tensor:
+        """As `adapted_product`, but rounded already to the type of `x_TI` where mul rows are all there is."""
+        if index.mul is None:
+            return adapted_product(x_TI, base, in_rows_NI, out_rows_NO, index)
+        is_last = index.has_rows_only and base.bias_O is None
+        y_TO = trained_rows(
+            x_TI, base, in_rows_NI, out_rows_NO, index, self._loops, is_last=is_last
+        )
+        if is_last:
+            return y_TO
+        return _with_the_rest(y_TO, x_TI, base, in_rows_NI, out_rows_NO, index)
+
+
+def _with_the_rest(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    base: BaseLinear,
+    in_rows_NI: Tensor,
+    out_rows_NO: Tensor,
+    index: ModuleIndex,
+) -> Tensor:
+    """Everything that is added to base rows and row-mode mul rows, or scales them; changes `y_TO`."""
     for batch in index.mul_batches:
         delta = weight_mode_rows(x_TI, base, in_rows_NI, out_rows_NO, batch)
         y_TO.index_add_(0, batch.token_AL.flatten(), delta.to(y_TO.dtype))

@@ -63,6 +63,17 @@ class ModuleIndex:
         return bool(self.base_token_B is not None or self.mul is not None or self.mul_batches)
 
     @property
+    def has_rows_only(self) -> bool:
+        """Base rows and mul rows in row mode make the outputs; nothing is added to them or scales them."""
+        return not (
+            self.add is not None
+            or self.mul_batches
+            or self.add_batches
+            or self.scale_page_T is not None
+            or self.bias_page_T is not None
+        )
+
+    @property
     def is_plain(self) -> bool:
         """Nothing to do beyond the base layer: no adapter in this step touches these modules."""
         return (
