@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from cluster.config import ClusterSettings
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
+from cluster.planned_replica import Budget, PlannedReplica
 from cluster.rendezvous import Rankings
 from storage.identity import AdapterVersion
 
@@ -22,22 +22,8 @@ HOLDER_SLACK = 2.0
 """A present holder stays one up to this times the mean load: moving costs a load, imbalance only time."""
 INCUMBENT_BOOST = 1.25
 """A placed adapter gives up its rows only to one worth this times as much per row."""
-MOVES_PER_TICK = 4
 FULLEST_LOAD = 1.15
 """Times the mean: what an estimate of demand is off by anyway. A replica planned for more gives some of it away."""
-
-
-@dataclass(slots=True)
-class Budget:
-    """What plans may still spend. Below 1 but above 0 is enough for one more, which the next refill makes good."""
-
-    loads: float
-    moves: float = MOVES_PER_TICK
-
-    def refill(self, ticks: float, max_loads: int) -> None:
-        """As much as belongs to a part of a tick, or to several, and never more than one tick's worth in all."""
-        self.loads = min(max_loads, self.loads + ticks * max_loads)
-        self.moves = min(MOVES_PER_TICK, self.moves + ticks * MOVES_PER_TICK)
 
 
 def copies_wanted(work: float, total_work: float, num_replicas: int, share: float) -> int:
@@ -81,46 +67,6 @@ def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[Wante
     return sorted(items.values(), key=key)
 
 
-class _Replica:
-    """One replica in a run: its space, and what is planned for it so far."""
-
-    __slots__ = ("bytes_left", "load", "replica_id", "rows_left", "space", "used")
-
-    def __init__(self, space: ReplicaSpace, planned_part: float) -> None:
-        self.space = space
-        self.replica_id = space.replica_id
-        self.rows_left = int(space.rows * planned_part)
-        self.bytes_left = math.inf if space.num_bytes is None else space.num_bytes
-        self.used = 0
-        self.load = 0.0
-
-    def fits(self, item: WantedAdapter) -> bool:
-        if item.version in self.space.unfit or item.num_bytes > self.bytes_left:
-            return False
-        if not self.used:  # an adapter larger than the planned part may have the bank to itself
-            return item.rows <= self.space.rows
-        return item.rows <= self.rows_left
-
-    def most_left(self) -> int:
-        """Rows of the largest item that may fit."""
-        return self.rows_left if self.used else self.space.rows
-
-    def is_light(self, item: WantedAdapter, bound: float) -> bool:
-        return not self.load or self.load + item.share <= bound
-
-    def take(self, item: WantedAdapter) -> None:
-        self._change(item, 1)
-
-    def drop(self, item: WantedAdapter) -> None:
-        self._change(item, -1)
-
-    def _change(self, item: WantedAdapter, sign: int) -> None:
-        self.used += sign
-        self.rows_left -= sign * item.rows
-        self.bytes_left -= sign * item.num_bytes
-        self.load = self.load + sign * item.share if self.used else 0.0
-
-
 class _Plan:
     """The state of one run: what each replica has so far, and who holds each adapter."""
 
@@ -132,7 +78,7 @@ class _Plan:
         rankings: Rankings,
         budget: Budget,
     ) -> None:
-        self._replicas = {s.replica_id: _Replica(s, settings.pinned_fraction) for s in spaces}
+        self._replicas = {s.replica_id: PlannedReplica(s, settings.pinned_fraction) for s in spaces}
         self._previous = previous
         self._settings = settings
         self._rankings = rankings
@@ -225,12 +171,12 @@ class _Plan:
         if len(held) < item.copies:
             self._add_copies(item)
 
-    def _home(self, item: WantedAdapter) -> _Replica | None:
+    def _home(self, item: WantedAdapter) -> PlannedReplica | None:
         if item.rows > self._most_left:
             return None
         roomy = [replica for replica in self._ranked(item) if replica.fits(item)]
         if not roomy:
-            self._most_left = max(map(_Replica.most_left, self._replicas.values()), default=0)
+            self._most_left = max(map(PlannedReplica.most_left, self._replicas.values()), default=0)
             return None
         bound = self._settings.load_slack * self._mean
         light = (replica for replica in roomy if replica.is_light(item, bound))
@@ -251,21 +197,21 @@ class _Plan:
                 self._take(item, replica)
                 self._order_load(item, replica.replica_id)
 
-    def _ranked(self, item: WantedAdapter) -> Iterator[_Replica]:
+    def _ranked(self, item: WantedAdapter) -> Iterator[PlannedReplica]:
         return map(
             self._replicas.__getitem__, self._rankings.of(item.version, self._replicas.keys())
         )
 
     # Books.
 
-    def _take(self, item: WantedAdapter, replica: _Replica) -> None:
+    def _take(self, item: WantedAdapter, replica: PlannedReplica) -> None:
         replica.take(item)
         self._holders.setdefault(item.version, []).append(replica.replica_id)
         pair = (item.version, replica.replica_id)
         if pair in self._previous.prefetch and self._must_load(item, replica.replica_id):
             self._prefetch.add(pair)
 
-    def _drop(self, item: WantedAdapter, replica: _Replica) -> None:
+    def _drop(self, item: WantedAdapter, replica: PlannedReplica) -> None:
         replica.drop(item)
         self._holders[item.version].remove(replica.replica_id)
         self._prefetch.discard((item.version, replica.replica_id))
@@ -299,7 +245,10 @@ class _Plan:
             self._budget.moves -= 1
 
     def _move(
-        self, full: _Replica, empty: _Replica, items: Mapping[AdapterVersion, WantedAdapter]
+        self,
+        full: PlannedReplica,
+        empty: PlannedReplica,
+        items: Mapping[AdapterVersion, WantedAdapter],
     ) -> bool:
         """Move what evens out the two best, if anything does."""
         half = (full.load - empty.load) / 2  # what would leave both alike
@@ -324,7 +273,7 @@ class _Plan:
     def _make_way(
         self,
         item: WantedAdapter,
-        replica: _Replica,
+        replica: PlannedReplica,
         items: Mapping[AdapterVersion, WantedAdapter],
     ) -> bool:
         """Have the item fit, if only adapters held nowhere else and less worth per row are in its way."""

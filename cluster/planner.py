@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from cluster.config import ClusterSettings
 from cluster.demand import DemandRate, DemandTracker
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
-from cluster.placing import Budget, copies_wanted, place
+from cluster.placing import copies_wanted, place
+from cluster.planned_replica import Budget
 from cluster.rendezvous import Rankings
 from cluster.table import AdapterFacts, DemandSample
 from storage.identity import AdapterVersion

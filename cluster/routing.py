@@ -11,15 +11,14 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from cluster.known_replica import KnownReplica
 from cluster.rendezvous import Rankings
-from cluster.table import PlacementTable, ReplicaLoad
+from cluster.table import PlacementTable
 from storage.identity import AdapterVersion
 
 MEMORY_S = 10.0
 """Half-life of the work of a replica, which holders share out evenly."""
 SAMPLED_HOLDERS = 4
-EVENNESS = 6.0
-"""A slot kept busy over the memory weighs so many slots busy now: what is busy now is mostly chance."""
 LOAD_DREAD = 1.5
 """A load costs this times its seconds, for it also evicts something."""
 RANKING_DREAD = 0.3
@@ -28,76 +27,15 @@ yet should choose the same replica for an adapter nobody has."""
 BALANCE_DREAD = 8.0
 """And this times its seconds for a replica with the mean of the work assigned lately: whoever loads a cold adapter will
 serve it for a while, so cold ones even out what homes leave uneven."""
-USUAL_LOAD_S = 0.1
-"""Until a replica has loaded anything."""
 RANKED_CANDIDATES = 8
 """So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it."""
 COMING_S = 1.5
 """A replica that was sent a cold adapter counts as having it, until the table must have heard."""
-OTHERS_SHARE = 0.3
-"""Of what a poll says of other routers' requests, taken into the running mean."""
 TURN_SHARE = 0.02
 """Of a request that ends, taken into the running means of seconds and work."""
 USUAL_TURN_S = 0.2
 """Seconds a request stays at a replica, until this router has seen some."""
 MAX_UNDER_WAY = 10_000
-
-
-@dataclass(slots=True)
-class _Known:
-    """What this router knows of one replica. One the table does not list is never free: it begins, or has ended."""
-
-    under_way: int = 0  # its own requests there
-    outstanding: float = 0.0  # their work
-    recent: float = 0.0  # work it assigned lately, fading; of what has ended, as long as it took
-    others: float = 0.0  # requests of other routers there, as a running mean
-    others_work: float = 0.0
-    slots: float = 0.0
-    load_s: float = USUAL_LOAD_S
-    is_listed: bool = False
-
-    busy: tuple[bool, float, float] = (True, 0.0, 0.0)
-    """What replicas that have the adapter are compared by, the least first, kept up by `weigh`: slots busy now and over
-    the memory, then work.
-    """
-
-    @property
-    def is_free(self) -> bool:
-        return self.is_listed and self.under_way + self.others < self.slots
-
-    def weigh(self, slots_per_work: float) -> None:
-        """To be called after every change.
-
-        Args:
-            slots_per_work: kept busy on average by one unit of `recent`.
-        """
-        now = self.under_way + self.others
-        waiting = now - self.slots
-        work = self.recent + max(0.0, self.others_work)
-        slots = now + (waiting if waiting > 0 else 0.0) + EVENNESS * slots_per_work * work
-        self.busy = (not self.is_listed, slots, work)
-
-    def start(self, work: float) -> None:
-        self.under_way += 1
-        self.outstanding += work
-        self.recent += work
-
-    def end(self, work: float) -> None:
-        self.under_way -= 1
-        self.outstanding -= work
-
-    def hear(self, load: ReplicaLoad) -> None:
-        """Take what a new view of the table says."""
-        others = load.num_running + load.num_waiting - self.under_way
-        others_work = load.work - self.outstanding
-        if self.is_listed:
-            self.others += OTHERS_SHARE * (others - self.others)
-            self.others_work += OTHERS_SHARE * (others_work - self.others_work)
-        else:  # the table may not have heard yet of what is under way
-            self.others, self.others_work = max(0.0, others), max(0.0, others_work)
-        self.slots = load.slots or math.inf
-        self.load_s = load.load_s or USUAL_LOAD_S
-        self.is_listed = True
 
 
 @dataclass(slots=True)
@@ -127,7 +65,7 @@ class Routing:
     def __init__(self, clock: Callable[[], float], rng: random.Random | None = None) -> None:
         self._clock = clock
         self._random = (rng or random.Random()).random
-        self._replicas: dict[str, _Known] = {}
+        self._replicas: dict[str, KnownReplica] = {}
         self._under_way: dict[str, _UnderWay] = {}
         self._turned_away: dict[str, None] = {}  # requests to be sent again, in order
         self._rankings = Rankings()
@@ -194,7 +132,7 @@ class Routing:
         To be told at once, not when the replica has accepted: requests of the same moment must see each other.
         """
         self.give_up(request_id)
-        known = self._replicas.setdefault(replica_id, _Known())
+        known = self._replicas.setdefault(replica_id, KnownReplica())
         known.start(work)
         known.weigh(self._slots_per_work)
         self._under_way[request_id] = _UnderWay(replica_id, work, self._clock())
@@ -258,7 +196,7 @@ class Routing:
                 if not self._replicas[replica_id].under_way:
                     del self._replicas[replica_id]
             for replica_id, load in table.replicas.items():
-                self._replicas.setdefault(replica_id, _Known()).hear(load)
+                self._replicas.setdefault(replica_id, KnownReplica()).hear(load)
         if self._turn_work > 0:
             self._slots_per_work = self._turn_s / self._turn_work * math.log(2) / MEMORY_S
         for known in self._replicas.values():
@@ -334,4 +272,4 @@ class Routing:
         return self._replicas.get(replica_id, _NOBODY).load_s
 
 
-_NOBODY = _Known()
+_NOBODY = KnownReplica()

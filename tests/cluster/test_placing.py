@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.config import ClusterSettings
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
-from cluster.placing import HOLDER_SLACK, MOVES_PER_TICK, Budget, copies_wanted, place
+from cluster.placing import HOLDER_SLACK, copies_wanted, place
+from cluster.planned_replica import MOVES_PER_TICK, Budget
 from cluster.rendezvous import Rankings, preference, weight
 from storage.identity import AdapterVersion, sha256_hex
 

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import ClusterSettings
 from cluster.placement import ReplicaSpace
-from cluster.placing import MOVES_PER_TICK
+from cluster.planned_replica import MOVES_PER_TICK
 from cluster.planner import PlacementPlanner, Reservation
 from cluster.table import AdapterFacts, DemandSample
 from storage.identity import AdapterVersion
