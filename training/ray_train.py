@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ from training.spec import TrainingSpec
 _POLL_S = 1.0
 # A lost worker is noticed at once; this bounds the wait for one that is only slow.
 _LONGEST_ROUND_S = 24 * 3600
+# A worker's report waits until Ray Train has looked at the one before: by its own choice, every two seconds.
+_LOOK_AT_WORKERS_S = "0.25"
 # Taking in more workers costs the steps since the last round.
 _LOOK_FOR_ROOM_S = 300.0
 
@@ -103,6 +106,7 @@ def _fit(task: WorkerTask, workers: int, scratch: Path) -> str | None:
     machine; it may be empty, or gone, the next time.
     """
     settings = task.training
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _LOOK_AT_WORKERS_S)
     trainer = TorchTrainer(
         train_share,
         train_loop_config={"task": task},
