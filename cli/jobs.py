@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +32,7 @@ from training.event_text import describe
 from training.events import TrainingEvent, event_line
 from training.job_reports import JobReport, cancel_job, exists, newest_jobs, report
 from training.job_store import JobStore
-from training.learning_curve import Curve, curves_of, sparkline
+from training.learning_curve import Curve, curves_of, plot, sparkline
 from training.service.job import FineTuningJob
 from training.service.records import JobRecords
 
@@ -82,6 +83,10 @@ def ls(
 @app.command()
 def show(
     job: JobId,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.png", dir_okay=False, help="Draw its losses so far there."),
+    ] = None,
     registry: RegistryOption = None,
     s3_endpoint: S3Endpoint = None,
     as_json: AsJson = False,
@@ -94,6 +99,8 @@ def show(
     found = _find(store, job)
     events = found.events(store)
     told = report(found.training_job or job, events)
+    if picture is not None:
+        picture.write_bytes(plot(curves_of(events), job))
     curves = {curve.adapter: curve for curve in curves_of(events)}
     names = told.adapters if found.asked is None else (found.asked.name,)
     adapters = [_adapter(name, told, curves.get(name, Curve(name))) for name in names]

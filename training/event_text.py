@@ -25,7 +25,7 @@ def describe(event: TrainingEvent) -> str:
         case JobStarted():
             return f"the job began: {len(event.adapters)} adapters on {event.workers} workers"
         case WorkerStarted():
-            return f"worker {event.worker} trains {', '.join(event.adapters)}"
+            return f"worker {event.worker} trains {', '.join(event.adapters) or 'nothing'}"
         case RoundFinished():
             return f"round {event.round} is saved"
         case AdapterStarted():

@@ -39,7 +39,7 @@ from training.spec_file import read_spec
 from training.stored_spec import STORED, fetch_spec
 
 if TYPE_CHECKING:
-    from training.ray_train import JobResult
+    from training.job_end import JobResult
 
 EXIT_OK, EXIT_FAILED, EXIT_WRONG_INPUT = 0, 1, 2
 LOG_EVERY_STEPS = 10

@@ -2,7 +2,7 @@
 
     jobs/<job>/spec/…                          its specification and data      (training/stored_spec.py)
     jobs/<job>/events/<writer>-<nnnn>.jsonl    lines of one process that told something
-    jobs/<job>/files/<name>                    such as loss.png
+    jobs/<job>/files/<name>                    such as loss.png, the learning curves
     jobs/<job>/stop/<adapter>                  it shall not go on; somebody cancelled it
     jobs/<job>/checkpoints/…                   what a resume goes on from      (training/checkpoints.py)
 
@@ -30,6 +30,7 @@ from storage.identity import checked_name
 from storage.object_store import ObjectNotFoundError, ObjectStore
 from training.events import TrainingEvent, event_line, parse_event
 
+LOSS_PICTURE = "loss.png"
 DRIVER = "driver"
 """The name of the writer that tells of the job as a whole."""
 

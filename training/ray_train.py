@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -18,14 +17,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from storage.stores import open_store
 from training.checkpoints import Checkpoints
 from training.config import TrainingSettings
-from training.events import (
-    AdapterFailed,
-    AdapterPublished,
-    EventSink,
-    JobFailed,
-    JobFinished,
-    JobStarted,
-)
+from training.events import EventSink, JobFailed, JobFinished, JobStarted
+from training.job_end import JobResult, job_result, keep_picture
 from training.job_plan import plan_job
 from training.job_settings import JobAreas, job_directory
 from training.job_store import DRIVER, JobStore
@@ -42,22 +35,6 @@ _LOOK_AT_WORKERS_S = "0.25"
 _LOOK_FOR_ROOM_S = 300.0
 
 logger = logging.getLogger("flora.training")
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """How a job ended: versions of what was published, reasons of what failed, by adapter.
-
-    `error` says why the job as a whole stopped, if it did.
-    """
-
-    published: Mapping[str, str] = field(default_factory=dict)
-    failed: Mapping[str, str] = field(default_factory=dict)
-    error: str | None = None
-
-    @property
-    def is_success(self) -> bool:
-        return self.error is None and not self.failed
 
 
 def run_training(
@@ -87,12 +64,15 @@ def run_training(
         tell(JobStarted(job_id, tuple(plan.data), workers))
         task = WorkerTask(plan, work, settings.storage, settings.training, job_id)
         error = _fit(task, workers, job_directory(settings, job_id)) if left else None
-        result = _result(job, error)
+        events = job.read_events().events
+        result = job_result(events, error)
+        keep_picture(job, job_id, events)
         if error is None:
-            checkpoints.forget_finished()
             tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
         else:
             tell(JobFailed(job_id, error))
+    if error is None:
+        checkpoints.forget_finished()
     return result
 
 
@@ -150,20 +130,6 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
 def _telling_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
-
-
-def _result(job: JobStore, error: str | None) -> JobResult:
-    """The events are the job's memory: what was told last of an adapter holds, also after a resume."""
-    published: dict[str, str] = {}
-    failed: dict[str, str] = {}
-    for event in job.read_events().events:
-        if isinstance(event, AdapterPublished):
-            published[event.adapter] = event.version
-            failed.pop(event.adapter, None)
-        elif isinstance(event, AdapterFailed):
-            failed[event.adapter] = event.reason
-            published.pop(event.adapter, None)
-    return JobResult(published, failed, error)
 
 
 @contextmanager

@@ -86,13 +86,13 @@ def _private_ray(settings: Settings) -> Iterator[LocalCluster]:
 def _tell_the_end(
     console: Console, settings: Settings, job_id: str, adapter: str, seconds: float
 ) -> None:
-    storage, training = settings.storage, settings.training
+    storage = settings.storage
     where = "" if storage.s3_endpoint_url is None else f" at {storage.s3_endpoint_url}"
     console.print(f"\n[bold]Done in {seconds:.0f} s; nothing is left running.[/] Where things lie:")
     for name, place in (
         ("base", settings.engine.base),
         ("adapters", f"{storage.registry}{where}"),
-        ("training", str(training.storage_path.expanduser() / job_id)),
+        ("training", f"{storage.registry}/jobs/{job_id}{where}"),
     ):
         console.print(f"  {name:<9} {place}", soft_wrap=True)
     flags = "".join(

@@ -74,6 +74,14 @@ def test_a_job_is_shown_with_the_course_of_its_losses(flora: Flora, store: Objec
     assert red["curve"] in flora("jobs", "show", "first").stdout
 
 
+def test_a_jobs_losses_are_drawn_also_while_it_runs(
+    flora: Flora, store: ObjectStore, tmp_path: Path
+) -> None:
+    run_job(store, "first", "red", is_killed=True)
+    flora("jobs", "show", "first", "--picture", str(tmp_path / "loss.png"))
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_log_has_every_step_also_when_nothing_runs_any_more(
     flora: Flora, store: ObjectStore
 ) -> None:
