@@ -93,7 +93,7 @@ def show(
 ) -> None:
     """Show what a job made, adapter by adapter, with the course of its losses.
 
-    Example: [bold]flora jobs show demo-20260101-120000-3f2a9c[/]
+    Example: [bold]flora jobs show demo-20260101-120000-3f2a9c --picture loss.png[/]
     """
     store = open_store_to_read(_settings(registry, s3_endpoint).storage)
     found = _find(store, job)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -25,6 +26,8 @@ _ELSEWHERE = {
 
 _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 _MAX_METADATA = 16
+_DEEPEST = 4
+_LONGEST = 1024
 
 Auto = Literal["auto"]
 
@@ -34,9 +37,9 @@ class Hyperparameters(BaseModel):
 
     model_config = _STRICT
 
-    n_epochs: Auto | int = "auto"
-    batch_size: Auto | int = "auto"
-    learning_rate_multiplier: Auto | float = Field(
+    n_epochs: Annotated[int, Field(ge=1, le=10_000)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=4096)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Auto = Field(
         default="auto", description="Of the family's own learning rate."
     )
 
@@ -137,6 +140,7 @@ class CreateJob(BaseModel):
 
     def _adapter(self) -> dict[str, Any]:
         """The adapter's fields, the hyperparameters among them."""
+        _check_plain(self.adapter)
         fields = dict(self.adapter)
         for path, place in _ELSEWHERE.items():
             if _has(fields, path):
@@ -174,6 +178,26 @@ def _check_adapter(request: FineTuningRequest) -> None:
         if first["type"] == "extra_forbidden":
             raise UnsupportedFieldError(f"there is no field {param}", param=param) from None
         raise InvalidRequestError(f"{param}: {first['msg']}", param=param) from None
+
+
+def _check_plain(value: Any, path: str = "adapter") -> None:
+    """Raises InvalidRequestError for what Python reads as JSON and cannot write: NaN, half a character, great depth."""
+    is_plain = path.count(".") <= _DEEPEST
+    match value:
+        case float():
+            is_plain = math.isfinite(value)
+        case str():
+            is_plain = value.isprintable() or value.isspace()
+        case list():
+            for number, part in enumerate(value[: _LONGEST + 1] if is_plain else ()):
+                _check_plain(part, f"{path}.{number}")
+            is_plain = is_plain and len(value) <= _LONGEST
+        case dict():
+            for name, part in value.items() if is_plain else ():
+                _check_plain(name, path)
+                _check_plain(part, f"{path}.{name}")
+    if not is_plain:
+        raise InvalidRequestError(f"{path}: is no value that a field may have", param=path)
 
 
 def _has(fields: Mapping[str, Any], path: str) -> bool:

@@ -145,8 +145,9 @@ class AdapterSpec(BaseModel):
             return values
         filled = dict(values)
         family = filled.get("family", "flora")
-        if filled.get("learning_rate") is None and family in DEFAULT_LEARNING_RATE:
-            filled["learning_rate"] = DEFAULT_LEARNING_RATE[family]
+        # Of another type it is refused with the other fields.
+        if isinstance(family, str) and filled.get("learning_rate") is None:
+            filled["learning_rate"] = DEFAULT_LEARNING_RATE.get(family)
         if family == "ia3":
             filled.setdefault("rank", 1)
         if filled.get("steps") is None and filled.get("epochs") is None:

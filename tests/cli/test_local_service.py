@@ -207,17 +207,19 @@ def test_ctrl_c_cancels_the_job_and_leaves_the_cluster(
     (tmp_path / "endless.yaml").write_text(yaml.safe_dump(values))
 
     training = person.start("train", tmp_path / "endless.yaml")
-    events = person.home / "training"
+    jobs = person.home / "registry" / "jobs"
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not list(events.glob("endless-*/events.jsonl")) and time.monotonic() < deadline_s:
+    while not list(jobs.glob("endless-*/events/worker-*")) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     training.send_signal(signal.SIGINT)
     _, err = training.communicate(timeout=60)
 
     assert training.returncode == 1
     assert "Traceback" not in err
-    (job,) = (path.parent.name for path in events.glob("endless-*/events.jsonl"))
+    (job,) = (path.name for path in jobs.glob("endless-*"))
     assert "was cancelled" in person.flora("train", "--attach", job, code=1)
+    assert person.json("jobs", "show", job)["status"] == "cancelled"
+    assert "training loss" in person.flora("jobs", "logs", job)
     assert person.json("status")["cluster"]["base"] == BASE
 
 

@@ -121,8 +121,9 @@ class FineTuningJob(BaseModel):
             pydantic.ValidationError: a field has a value that is not allowed.
         """
         fields = {"seed": self.request.seed, **self.request.adapter}
-        if held_out is not None:
-            fields["evaluation"] = {**(fields.get("evaluation") or {}), "data": held_out}
+        evaluation = fields.get("evaluation") or {}
+        if held_out is not None and isinstance(evaluation, dict):
+            fields["evaluation"] = {**evaluation, "data": held_out}
         return AdapterSpec.model_validate({**fields, "name": self.name, "data": data})
 
     # What happens to it.
