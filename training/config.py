@@ -67,6 +67,11 @@ class TrainingSettings(BaseModel):
         description="What a worker's training may take of its machine or GPU; 0: half of this machine's memory shared "
         "by the workers, or nine tenths of this machine's GPU. Decides how many adapters train at once.",
     )
+    checkpoint_activations: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compute a layer's activations again in the backward rather than keep them: about a third slower, "
+        "and takes far less memory. auto: where the adapters that fit otherwise would not fill a forward.",
+    )
     max_failures: int = Field(
         default=3,
         ge=0,

@@ -3,20 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from training.activation_memory import ActivationBytes, measure_activations
 from training.adapter_run import AdapterData
 from training.config import TrainingSettings
+from training.frozen_base import FrozenBase
 from training.initial_rows import row_layouts
-from training.memory_model import AdapterNeeds, BaseShape, StepLimits, plan_steps
+from training.memory_model import (
+    AdapterNeeds,
+    BaseShape,
+    StepLimits,
+    estimated_activations,
+    plan_steps,
+)
 from training.spec import AdapterSpec
 from workers.machine_memory import usable_memory
+from workers.models.loading import LoadedBase
 from workers.models.wrapping import linear_layers
 
 _SHARE_OF_MACHINE = 0.5
 _SHARE_OF_GPU = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class FittedBase:
+    """A base ready to train any of a job's adapters, and what their activations were measured to take on it."""
+
+    base: FrozenBase
+    _config: PretrainedConfig
+    _kept: ActivationBytes
+    _settings: TrainingSettings
+
+    @classmethod
+    def adopt(
+        cls,
+        loaded: LoadedBase,
+        adapters: Sequence[AdapterSpec],
+        data: Mapping[str, AdapterData],
+        settings: TrainingSettings,
+    ) -> Self:
+        """Raises as `trainer_limits` and `FrozenBase.adopt`."""
+        config, dtype = loaded.model.config, loaded.model.dtype
+        limits = trainer_limits(config, adapters, data, dtype, settings)
+        checkpoint = limits is not None and limits.checkpoint_activations
+        base = FrozenBase.adopt(
+            loaded,
+            max_tokens=max(one.sequence_length for one in adapters),
+            checkpoint_activations=checkpoint,
+        )
+        kept = measure_activations(base, max(adapters, key=lambda one: one.rank))
+        decided = settings.model_copy(update={"checkpoint_activations": checkpoint})
+        return cls(base, config, kept, decided)
+
+    def limits(
+        self, adapters: Sequence[AdapterSpec], data: Mapping[str, AdapterData]
+    ) -> StepLimits | None:
+        """As `trainer_limits`, of some of the adapters."""
+        return trainer_limits(
+            self._config, adapters, data, self.base.dtype, self._settings, self._kept
+        )
 
 
 def trainer_limits(
@@ -25,8 +76,12 @@ def trainer_limits(
     data: Mapping[str, AdapterData],
     dtype: torch.dtype,
     settings: TrainingSettings,
+    kept: ActivationBytes | None = None,
 ) -> StepLimits | None:
     """How one trainer of these adapters shall go about it; None where the budget is not known here.
+
+    Args:
+        kept: measured on the model, where there is one; else estimated.
 
     Raises:
         SpecificationError: one of them cannot train in the budget.
@@ -35,12 +90,15 @@ def trainer_limits(
     if budget is None:
         return None
     base = base_shape(config, dtype)
+    needs = [adapter_needs(base, adapter, data[adapter.name]) for adapter in adapters]
+    wanted = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
     return plan_steps(
         base,
-        [adapter_needs(base, adapter, data[adapter.name]) for adapter in adapters],
+        needs,
+        kept or estimated_activations(base, needs),
         budget=budget,
         max_step_tokens=settings.max_step_tokens,
-        checkpoint=False,
+        checkpoint=wanted if base.can_checkpoint else bool(wanted),
     )
 
 
@@ -74,6 +132,7 @@ def base_shape(config: PretrainedConfig, dtype: torch.dtype) -> BaseShape:
         num_layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
+        can_checkpoint=any(isinstance(one, GradientCheckpointingLayer) for one in model.modules()),
     )
 
 

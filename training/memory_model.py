@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from storage.errors import SpecificationError
+from training.activation_memory import ActivationBytes
 from training.completion_loss import CHUNK_POSITIONS
 from training.kept_bytes import kept_bytes_per_token
 from training.row_room import RowLayouts, RowRoom
@@ -40,6 +41,7 @@ class BaseShape:
     num_layers: int
     hidden: int
     vocabulary: int
+    can_checkpoint: bool  # the model says which of its modules are its layers
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,20 @@ class StepLimits:
     needs: StepBytes = field(repr=False)
 
 
+def estimated_activations(base: BaseShape, adapters: Sequence[AdapterNeeds]) -> ActivationBytes:
+    """What a token keeps with the hungriest of the adapters, before there is a model to measure it on."""
+    per_token = max(
+        kept_bytes_per_token(base.projections, one.layouts, one.step_tokens, base.dtype)
+        for one in adapters
+    )
+    inputs = base.num_layers * base.hidden * base.dtype.itemsize
+    return ActivationBytes(per_token, inputs + -(-per_token // base.num_layers))
+
+
 def step_bytes(
     base: BaseShape,
     adapters: Sequence[AdapterNeeds],
+    kept: ActivationBytes,
     *,
     max_resident: int,
     step_tokens: int,
@@ -102,24 +115,12 @@ def step_bytes(
     wide = torch.promote_types(base.dtype, torch.float32)
     room = RowRoom.of([one.layouts for one in adapters], base.projections, max_resident)
     numbers = room.numbers(base.projections).values()
-    per_token = max(
-        kept_bytes_per_token(
-            base.projections,
-            one.layouts,
-            run_tokens=min(one.step_tokens, step_tokens),
-            num_layers=base.num_layers,
-            hidden=base.hidden,
-            dtype=base.dtype,
-            checkpoint=checkpoint,
-        )
-        for one in adapters
-    )
     chunk = min(CHUNK_POSITIONS, step_tokens) * base.vocabulary
     return StepBytes(
         process=PROCESS_BYTES,
         base=base.parameters * base.dtype.itemsize,
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
-        activations=round(per_token * step_tokens),
+        activations=kept.of(step_tokens, checkpointed=checkpoint),
         logits=chunk * (base.dtype.itemsize + (_OF_LOGITS - 1) * wide.itemsize),
         scratch=3 * scratch_bound(base.projections, 1, wide),  # M, its gradient's, W0 beside them
     )
@@ -128,6 +129,7 @@ def step_bytes(
 def plan_steps(
     base: BaseShape,
     adapters: Sequence[AdapterNeeds],
+    kept: ActivationBytes,
     *,
     budget: int,
     max_step_tokens: int,
@@ -150,6 +152,7 @@ def plan_steps(
         return step_bytes(
             base,
             adapters,
+            kept,
             max_resident=residents,
             step_tokens=tokens,
             checkpoint=checkpointed,
@@ -174,13 +177,16 @@ def plan_steps(
             return StepLimits(
                 residents, longer, checkpointed, needs(residents, longer, checkpointed)
             )
-    raise _refused(base, adapters, budget, needs(1, longest, choices[-1]), choices[-1])
+    raise _refused(base, adapters, kept, budget, needs(1, longest, choices[-1]), choices[-1])
 
 
-def _alone(base: BaseShape, adapter: AdapterNeeds, checkpointed: bool) -> StepBytes:
+def _alone(
+    base: BaseShape, adapter: AdapterNeeds, kept: ActivationBytes, checkpointed: bool
+) -> StepBytes:
     return step_bytes(
         base,
         [adapter],
+        kept,
         max_resident=1,
         step_tokens=adapter.longest_tokens,
         checkpoint=checkpointed,
@@ -210,12 +216,14 @@ def _largest(most: int, holds: Callable[[int], bool]) -> int:
 def _refused(
     base: BaseShape,
     adapters: Sequence[AdapterNeeds],
+    kept: ActivationBytes,
     budget: int,
     together: StepBytes,
     checkpointed: bool,
 ) -> SpecificationError:
     worst, needs = max(
-        ((one, _alone(base, one, checkpointed)) for one in adapters), key=lambda pair: pair[1].total
+        ((one, _alone(base, one, kept, checkpointed)) for one in adapters),
+        key=lambda pair: pair[1].total,
     )
     if needs.total > budget:
         what = (

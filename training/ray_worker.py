@@ -13,7 +13,6 @@ from typing import Any, TypeVar, cast
 import ray.train
 import ray.train.torch
 import torch
-from transformers import PretrainedConfig
 
 from storage.config import StorageSettings
 from storage.registry import Registry
@@ -22,8 +21,7 @@ from training.adapter_run import AdapterRun
 from training.checkpoints import Checkpoints
 from training.config import TrainingSettings
 from training.events import EventSink
-from training.frozen_base import FrozenBase
-from training.job_memory import trainer_limits
+from training.job_memory import FittedBase
 from training.job_plan import JobPlan
 from training.job_store import JobStore
 from training.publishing import JobPublisher
@@ -92,16 +90,14 @@ def _trainers(task: WorkerTask, publish: Publish, tell: EventSink) -> Build:
     """Trainers one after another, over one base that is loaded when the first is wanted."""
     plan = task.plan
     specs = {adapter.name: adapter for adapter in plan.spec.adapters}
-    loaded: list[tuple[PretrainedConfig, FrozenBase]] = []
+    loaded: list[FittedBase] = []
 
     def build(share: Sequence[str]) -> MultiAdapterTrainer:
         if not loaded:
-            loaded.append(_frozen_base(task))
-        config, base = loaded[0]
-        adapters = [specs[name] for name in share]
-        limits = trainer_limits(config, adapters, plan.data, base.dtype, task.training)
+            loaded.append(_fitted_base(task))
+        limits = loaded[0].limits([specs[name] for name in share], plan.data)
         return MultiAdapterTrainer(
-            base,
+            loaded[0].base,
             [AdapterRun(specs[name], plan.data[name], plan.num_steps[name]) for name in share],
             publish=publish,
             on_event=tell,
@@ -112,9 +108,8 @@ def _trainers(task: WorkerTask, publish: Publish, tell: EventSink) -> Build:
     return build
 
 
-def _frozen_base(task: WorkerTask) -> tuple[PretrainedConfig, FrozenBase]:
+def _fitted_base(task: WorkerTask) -> FittedBase:
     spec = task.plan.spec
     base = find_base(spec.base, task.storage)
     loaded = load_base(str(base), getattr(torch, spec.dtype), ray.train.torch.get_device())
-    longest = max(adapter.sequence_length for adapter in spec.adapters)
-    return loaded.model.config, FrozenBase.adopt(loaded, max_tokens=longest)
+    return FittedBase.adopt(loaded, spec.adapters, task.plan.data, task.training)

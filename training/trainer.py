@@ -183,10 +183,10 @@ class MultiAdapterTrainer:
     def restore(self, number: int, state: Mapping[str, Any]) -> None:
         """Take up an adapter where `state_of` left it, also where fewer have a place. Call before `start`."""
         self.runs[number].restore(state["run"])
-        if state["rows"] is not None:
-            self._kept[number] = state["rows"]
-        if state["best"] is not None:
-            self._best[number] = state["best"]
+        for part, of_all in (("rows", self._kept), ("best", self._best)):
+            of_all.pop(number, None)
+            if state[part] is not None:
+                of_all[number] = state[part]
 
     # One step's arithmetic.
 
