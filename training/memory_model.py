@@ -17,7 +17,7 @@ import torch
 from storage.errors import SpecificationError
 from training.activation_memory import ActivationBytes
 from training.completion_loss import CHUNK_POSITIONS
-from training.kept_bytes import kept_bytes_per_token
+from training.kept_bytes import kept_bytes_per_token, row_bytes_per_token
 from training.row_room import RowLayouts, RowRoom
 from workers.row_form.weight_product import scratch_bound
 
@@ -115,6 +115,10 @@ def step_bytes(
     wide = torch.promote_types(base.dtype, torch.float32)
     room = RowRoom.of([one.layouts for one in adapters], base.projections, max_resident)
     numbers = room.numbers(base.projections).values()
+    in_rows = max(
+        row_bytes_per_token(base.projections, one.layouts, one.step_tokens, base.dtype)
+        for one in adapters
+    )
     chunk = min(CHUNK_POSITIONS, step_tokens) * base.vocabulary
     return StepBytes(
         process=PROCESS_BYTES,
@@ -122,7 +126,8 @@ def step_bytes(
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
         activations=kept.of(step_tokens, checkpointed=checkpoint),
         logits=chunk * (base.dtype.itemsize + (_OF_LOGITS - 1) * wide.itemsize),
-        scratch=3 * scratch_bound(base.projections, 1, wide),  # M, its gradient's, W0 beside them
+        # M, its gradient's, W0 beside them; or the rows of one projection.
+        scratch=max(3 * scratch_bound(base.projections, 1, wide), step_tokens * in_rows),
     )
 
 
