@@ -15,7 +15,6 @@ from deployments.fine_tuning_schema import CreateJob
 from deployments.fine_tuning_views import checkpoints_view, events_view, job_view
 from deployments.query import check_query
 from storage.errors import InvalidRequestError, NotFoundError
-from training.events import TrainingEvent
 from training.service.job import FineTuningJob
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -90,9 +89,13 @@ async def list_events(
 ) -> dict[str, Any]:
     """What happened, newest first: every step with its loss among it."""
     check_query(request, "after", "limit")
-    job = await _job(request, job_id)
-    events = events_view(job, await _training_events(request, job))
-    return _after(events, after, limit)
+    training, tenant = api_of(request).training, caller_of(request).tenant
+
+    def read() -> dict[str, Any]:
+        job = training.records.get(tenant, job_id)
+        return _after(events_view(job, training.events(job)), after, limit)
+
+    return await asyncio.to_thread(read)
 
 
 @router.get("/{job_id}/checkpoints", responses=examples.CHECKPOINTS)
@@ -101,20 +104,18 @@ async def list_checkpoints(
 ) -> dict[str, Any]:
     """The version that the job published, under a name that means no other one."""
     check_query(request, "after", "limit")
-    job = await _job(request, job_id)
-    events = await _training_events(request, job) if job.version is not None else []
-    return _after(checkpoints_view(job, events), after, limit)
+    training, tenant = api_of(request).training, caller_of(request).tenant
+
+    def read() -> dict[str, Any]:
+        job = training.records.get(tenant, job_id)
+        return _after(checkpoints_view(job, training.events(job)), after, limit)
+
+    return await asyncio.to_thread(read)
 
 
 async def _job(request: Request, job_id: str) -> FineTuningJob:
     training, tenant = api_of(request).training, caller_of(request).tenant
     return await asyncio.to_thread(training.records.get, tenant, job_id)
-
-
-async def _training_events(request: Request, job: FineTuningJob) -> list[TrainingEvent]:
-    if job.batch is None:
-        return []
-    return await asyncio.to_thread(api_of(request).training.histories.of, job.batch, job.name)
 
 
 async def _check_model(api: Api, model: str, tenant: str) -> None:

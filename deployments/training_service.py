@@ -19,6 +19,7 @@ from training.events import TrainingEvent
 from training.job_store import JobStore
 from training.service.desk import Desk
 from training.service.files import UploadedFiles
+from training.service.job import FineTuningJob
 from training.service.lease import Lease
 from training.service.records import JobRecords, desk_folder
 
@@ -47,7 +48,7 @@ class _History:
     by_adapter: dict[str, list[TrainingEvent]] = field(default_factory=dict)
 
 
-class Histories:
+class _Histories:
     """Events of training jobs, read on from where the last question ended. Any thread."""
 
     def __init__(self, store: ObjectStore) -> None:
@@ -89,13 +90,17 @@ class TrainingService:
         self.base = base
         self.files = UploadedFiles(store, time.time)
         self.records = JobRecords(store)
-        self.histories = Histories(store)
+        self._histories = _Histories(store)
         self.uploads = Uploads(settings.max_file_bytes, form=FILE_FORM)
         self._make_desk = make_desk
         self._lease = Lease(store, f"{desk_folder(base_id)}lease.json", uuid.uuid4().hex, time.time)
         self._news = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="training-desk", daemon=True)
+
+    def events(self, job: FineTuningJob) -> list[TrainingEvent]:
+        """What was told of a job's training so far, in order. Blocks."""
+        return [] if job.batch is None else self._histories.of(job.batch, job.name)
 
     def follow(self) -> None:
         """Work at the desk whenever nobody else does, for the rest of the process or until `stop`."""

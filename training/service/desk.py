@@ -17,7 +17,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from storage.base_checkpoint import BaseFacts
-from storage.errors import FloraError, InvalidRequestError, NotFoundError, SpecificationError
+from storage.errors import (
+    AdapterCorruptError,
+    FloraError,
+    InvalidRequestError,
+    NotFoundError,
+    SpecificationError,
+)
 from storage.object_store import ObjectStore
 from training.backend import JobBackend, JobInfo, JobStatus
 from training.config import TrainingSettings
@@ -108,6 +114,8 @@ class Desk:
                 self._see_to(batch_id, members)
             except FloraError as error:
                 _log.warning("%s: %s", batch_id, error.message)
+            except Exception:
+                _log.exception("%s cannot be seen to", batch_id)
         self._followed = {name: one for name, one in self._followed.items() if name in batches}
         return bool(jobs)
 
@@ -120,11 +128,18 @@ class Desk:
             with tempfile.TemporaryDirectory() as folder:
                 self._check(self._adapter(job, Path(folder)))
         except _BadFile as error:
-            fault = Fault(code=_FILE, message=error.message, param=error.param)
-            return self._change(job, lambda current: current.failed(fault, self._clock()))
+            return self._fail(job, Fault(code=_FILE, message=error.message, param=error.param))
         except InvalidRequestError as error:
             fault = Fault(code=error.code, message=error.message, param=error.param)
-            return self._change(job, lambda current: current.failed(fault, self._clock()))
+            return self._fail(job, fault)
+        except FloraError as error:
+            # Nothing about the job: it is looked at again.
+            _log.warning("%s: %s", job.job_id, error.message)
+            return job
+        except Exception:
+            # No file may hold up the jobs behind it.
+            _log.exception("%s cannot be looked at", job.job_id)
+            return self._fail(job, Fault(code=_FILE, message="its files cannot be read"))
         return self._change(job, lambda current: current.validated(self._clock()))
 
     def _adapter(self, job: FineTuningJob, folder: Path) -> AdapterSpec:
@@ -146,7 +161,7 @@ class Desk:
             file = self._files.get(job.request.tenant, file_id)
             path = self._files.fetch(file, folder)
             read_examples(path)
-        except (NotFoundError, SpecificationError) as error:
+        except (AdapterCorruptError, NotFoundError, SpecificationError) as error:
             raise _BadFile(error.message, param=param) from None
         return path
 

@@ -7,11 +7,12 @@ fine-tuning/requests/<tenant>/<digest>.json     which job a request with an idem
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
-from storage.errors import InvalidRequestError, NotFoundError
+from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError
 from storage.identity import canonical_json, sha256_hex
 from storage.index import parallel
 from storage.object_store import ObjectStore, PreconditionFailedError
@@ -22,6 +23,8 @@ Change = Callable[[FineTuningJob], FineTuningJob | None]
 
 _ROOT = "fine-tuning"
 _DESK_DIGITS = 16
+
+_log = logging.getLogger(__name__)
 
 
 class _Asked(BaseModel):
@@ -102,10 +105,18 @@ class JobRecords:
         return changed if changed is not None else self.get(tenant, job.job_id)
 
     def open(self, base_id: str) -> list[FineTuningJob]:
-        """The jobs on the desk of a base, in the order they came."""
+        """The jobs on the desk of a base, in the order they came. One whose record is damaged is left out."""
         folder = f"{desk_folder(base_id)}open/"
         names = [one.key.removeprefix(folder).split("/") for one in self._store.list(folder)]
-        found = parallel(lambda name: self._find(name[0], name[1]), names)
+
+        def find(name: list[str]) -> FineTuningJob | None:
+            try:
+                return self._find(name[0], name[1])
+            except AdapterCorruptError as error:
+                _log.error("a job is left out: %s", error.message)
+                return None
+
+        found = parallel(find, names)
         return sorted((job for job in found if job is not None), key=lambda job: job.job_id)
 
     def put_away(self, job: FineTuningJob) -> None:

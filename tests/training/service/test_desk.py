@@ -79,6 +79,18 @@ def test_a_broken_line_is_told_with_its_file_and_number_and_holds_nobody_up(worl
     assert faults[1] is not None and "q_proj, v_proj" in faults[1].message
 
 
+def test_what_is_wrong_with_one_job_holds_up_no_other(world: World) -> None:
+    damaged = world.create("damaged", training_file=world.upload(lines="x" * 50))
+    world.store.put(f"files/default/{damaged.request.training_file}/00000", b"y" * 50)
+    deep = world.create("deep", training_file=world.upload(lines="[" * 100_000))
+    lost = world.create("lost")
+    world.store.put(f"fine-tuning/jobs/default/{lost.job_id}.json", b"not a record")
+    good = world.create("good")
+    world.tick(0, 5)
+    assert statuses(world, damaged, deep) == [FAILED, FAILED]
+    assert world.cluster.submitted == [world.now(good).batch]
+
+
 def test_one_job_of_a_batch_is_cancelled_and_the_other_goes_on(world: World) -> None:
     one, two = world.create("one"), world.create("two")
     world.tick(0, 5)
