@@ -14,32 +14,22 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from storage.base_checkpoint import BaseFacts
-from storage.errors import (
-    AdapterCorruptError,
-    FloraError,
-    InvalidRequestError,
-    NotFoundError,
-    SpecificationError,
-)
+from storage.errors import FloraError, InvalidRequestError, NotFoundError, SpecificationError
 from storage.object_store import ObjectStore
 from training.backend import JobBackend, JobInfo, JobStatus
 from training.config import TrainingSettings
-from training.examples import read_examples
-from training.initial_rows import check_targets
 from training.job_reports import cancel_job
 from training.job_store import JobStore
 from training.service.batching import due_batches
 from training.service.files import UploadedFiles
 from training.service.job import Fault, FineTuningJob, FineTuningStatus, new_batch_id
+from training.service.job_data import BadFileError, JobData
 from training.service.outcome import Outcome
 from training.service.records import Change, JobRecords
-from training.spec import AdapterSpec, TrainingSpec
+from training.spec import TrainingSpec
 from training.stored_spec import spec_key, store_spec, stored_adapters
 
-_FILE = "invalid_training_file"
 _FAILED = "training_failed"
 
 _log = logging.getLogger(__name__)
@@ -76,11 +66,9 @@ class Desk:
         on_published: Callable[[], None] = lambda: None,
     ) -> None:
         self._base_id = base_id
-        self._read_base = read_base
-        self._base: BaseFacts | None = None
         self._store = store
         self._records = JobRecords(store)
-        self._files = UploadedFiles(store, clock)
+        self._data = JobData(UploadedFiles(store, clock), read_base)
         self._backend = backend
         self._settings = settings
         self._clock = clock
@@ -119,19 +107,13 @@ class Desk:
         self._followed = {name: one for name, one in self._followed.items() if name in batches}
         return bool(jobs)
 
-    # A job's files.
-
     def _validated(self, job: FineTuningJob) -> FineTuningJob:
         if job.status is not FineTuningStatus.VALIDATING:
             return job
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                self._check(self._adapter(job, Path(folder)))
-        except _BadFile as error:
-            return self._fail(job, Fault(code=_FILE, message=error.message, param=error.param))
+            self._data.check(job)
         except InvalidRequestError as error:
-            fault = Fault(code=error.code, message=error.message, param=error.param)
-            return self._fail(job, fault)
+            return self._fail(job, _fault(error))
         except FloraError as error:
             # Nothing about the job: it is looked at again.
             _log.warning("%s: %s", job.job_id, error.message)
@@ -139,38 +121,9 @@ class Desk:
         except Exception:
             # No file may hold up the jobs behind it.
             _log.exception("%s cannot be looked at", job.job_id)
-            return self._fail(job, Fault(code=_FILE, message="its files cannot be read"))
+            fault = Fault(code=BadFileError.code, message="its files cannot be read")
+            return self._fail(job, fault)
         return self._change(job, lambda current: current.validated(self._clock()))
-
-    def _adapter(self, job: FineTuningJob, folder: Path) -> AdapterSpec:
-        """What a job asks for, its files fetched and read. Raises _BadFile, InvalidRequestError."""
-        asked = job.request
-        data = self._fetched(job, asked.training_file, "training_file", folder / "training")
-        held_out = None
-        if asked.validation_file is not None:
-            place = folder / "validation"
-            held_out = self._fetched(job, asked.validation_file, "validation_file", place)
-        try:
-            return job.adapter_spec(str(data), None if held_out is None else str(held_out))
-        except ValidationError as error:
-            raise SpecificationError(error.errors()[0]["msg"], param="adapter") from None
-
-    def _fetched(self, job: FineTuningJob, file_id: str, param: str, folder: Path) -> Path:
-        folder.mkdir()
-        try:
-            file = self._files.get(job.request.tenant, file_id)
-            path = self._files.fetch(file, folder)
-            read_examples(path)
-        except (AdapterCorruptError, NotFoundError, SpecificationError) as error:
-            raise _BadFile(error.message, param=param) from None
-        return path
-
-    def _check(self, adapter: AdapterSpec) -> None:
-        self._base = self._base or self._read_base()
-        try:
-            check_targets(adapter, self._base.projections)
-        except SpecificationError as error:
-            raise SpecificationError(error.message, param=f"adapter.{error.param}") from None
 
     # A batch.
 
@@ -189,6 +142,9 @@ class Desk:
                 # Assigned by a desk that did not know the batch was on its way already.
                 self._return(job, "its batch began without it; it is queued again")
         members = [job for job in members if job.name in batch.adapters]
+        if all(job.status.is_final for job in members):
+            self._end(batch_id, members)
+            return
         info = self._info(batch_id, members)
         job_store = JobStore(self._store, batch_id)
         for job in members:
@@ -220,12 +176,10 @@ class Desk:
         with tempfile.TemporaryDirectory() as folder:
             adapters = []
             for job in members:
-                place = Path(folder) / job.job_id
-                place.mkdir()
                 try:
-                    adapters.append(self._adapter(job, place))
-                except _BadFile as error:  # deleted since it was looked at
-                    self._fail(job, Fault(code=_FILE, message=error.message, param=error.param))
+                    adapters.append(self._data.adapter(job, Path(folder) / job.job_id))
+                except InvalidRequestError as error:  # a file was deleted since it was looked at
+                    self._fail(job, _fault(error))
             if not adapters:
                 return
             spec = TrainingSpec(
@@ -324,5 +278,5 @@ class Desk:
         return job if job.status.is_final else self._records.change(job, change)
 
 
-class _BadFile(InvalidRequestError):
-    """An uploaded file cannot be trained on; `param` is the request's field that names it."""
+def _fault(error: InvalidRequestError) -> Fault:
+    return Fault(code=error.code, message=error.message, param=error.param)
