@@ -36,6 +36,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _SMOOTHED_PART = 20  # a smoothed loss is the mean of the nearest twentieth of all steps
 _LOG_FROM_RATIO = 10  # largest loss / smallest
 _MOST_NAMED = 12
+_LONGEST_NAME = 24  # characters; a legend of long names would take the picture's room
 _NAMED_ENDS = 4  # of more adapters than that, so many of the lowest and of the highest
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which the colour-blind tell apart; without yellow and black."""
@@ -58,14 +59,16 @@ class Curve:
 
     @property
     def smoothed(self) -> tuple[Point, ...]:
-        """Each training step with the mean loss of the steps around it, as many before as after."""
+        """Each training step with the mean loss of the steps around it. The first and the last have those on one side.
+
+        So no single batch decides how an adapter came out.
+        """
         sums = [0.0, *accumulate(self.losses)]
         count = len(self.training)
         reach = count // (2 * _SMOOTHED_PART)
         means = []
         for index, (step, _) in enumerate(self.training):
-            around = min(reach, index, count - 1 - index)
-            start, end = index - around, index + around + 1
+            start, end = max(0, index - reach), min(count, index + reach + 1)
             means.append((step, (sums[end] - sums[start]) / (end - start)))
         return tuple(means)
 
@@ -156,8 +159,8 @@ def plot(curves: Sequence[Curve], title: str = "") -> bytes:
     axes.set_title(title, loc="left", parse_math=False)
     if lines:
         legend = axes.legend(
-            list(lines.values()),
-            list(lines),
+            [line for _, line in lines],
+            [label for label, _ in lines],
             loc="upper left",
             bbox_to_anchor=(1.01, 1.0),
             borderaxespad=0.0,
@@ -175,25 +178,25 @@ def _points(losses: Mapping[int, float]) -> tuple[Point, ...]:
     return tuple((step, loss) for step, loss in sorted(losses.items()) if math.isfinite(loss))
 
 
-def _draw_few(axes: Axes, curves: Sequence[Curve]) -> dict[str, Line2D]:
-    lines = {}
-    for number, curve in enumerate(curves):
-        lines[_label(curve)] = _draw_named(axes, curve, number, shows_steps=len(curves) <= 3)
-    return lines
+def _draw_few(axes: Axes, curves: Sequence[Curve]) -> list[tuple[str, Line2D]]:
+    """Returns what the legend shows, as `_draw_many` does."""
+    return [
+        (_label(curve), _draw_named(axes, curve, number, shows_steps=len(curves) <= 3))
+        for number, curve in enumerate(curves)
+    ]
 
 
-def _draw_many(axes: Axes, curves: Sequence[Curve]) -> dict[str, Line2D]:
+def _draw_many(axes: Axes, curves: Sequence[Curve]) -> list[tuple[str, Line2D]]:
     for curve in curves:
         axes.plot(*_columns(curve.smoothed), color="0.75", linewidth=0.6, zorder=1)
+    [anyone] = axes.plot([], [], color="0.75")
+    [middle] = axes.plot(*_columns(_median(curves)), color="black", linewidth=2.5, zorder=3)
     ranked = sorted(curves, key=_outcome)
-    named = [*ranked[:_NAMED_ENDS], *ranked[-_NAMED_ENDS:]]
-    lines = {f"{len(curves)} adapters": axes.plot([], [], color="0.75")[0]}
-    lines["their median"] = axes.plot(
-        *_columns(_median(curves)), color="black", linewidth=2.5, zorder=3
-    )[0]
-    for number, curve in enumerate(named):
-        lines[f"{_label(curve)}  {_outcome(curve):.3g}"] = _draw_named(axes, curve, number)
-    return lines
+    named = [
+        (f"{_label(curve)}  {_outcome(curve):.3g}", _draw_named(axes, curve, number))
+        for number, curve in enumerate([*ranked[:_NAMED_ENDS], *ranked[-_NAMED_ENDS:]])
+    ]
+    return [(f"{len(curves)} adapters", anyone), ("their median", middle), *named]
 
 
 def _draw_named(axes: Axes, curve: Curve, number: int, *, shows_steps: bool = False) -> Line2D:
@@ -220,11 +223,14 @@ def _draw_named(axes: Axes, curve: Curve, number: int, *, shows_steps: bool = Fa
 
 
 def _set_scale(axes: Axes, curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     losses = [loss for curve in curves for _, loss in (*curve.smoothed, *curve.held_out)]
     if losses and min(losses) > 0 and max(losses) / min(losses) >= _LOG_FROM_RATIO:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     what = "training loss" if not any(curve.held_out for curve in curves) else "loss (• held out)"
     axes.set_xlabel("step")
     axes.locator_params(axis="x", integer=True)
@@ -239,7 +245,10 @@ def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
 
 
 def _label(curve: Curve) -> str:
-    return f"{curve.adapter} (failed)" if curve.is_failed else curve.adapter
+    name = curve.adapter
+    if len(name) > _LONGEST_NAME:  # a sweep's names differ at the end
+        name = f"{name[: _LONGEST_NAME // 2 - 1]}…{name[-_LONGEST_NAME // 2 :]}"
+    return f"{name} (failed)" if curve.is_failed else name
 
 
 def _outcome(curve: Curve) -> float:
