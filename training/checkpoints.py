@@ -47,6 +47,7 @@ class Commit:
     Attributes:
         job_digest: of what is trained: specification, data and base.
         attempt: from 1; the one that may commit next.
+        driver: from 1; the one whose workers may begin an attempt.
         round: rounds done; every worker has saved all its adapters as often.
         shares: how the last round was shared out; empty before the first.
         adapters: by name; none before the first round.
@@ -54,6 +55,7 @@ class Commit:
 
     job_digest: str
     attempt: int
+    driver: int = 0
     round: int = 0
     shares: Shares = ()
     adapters: Mapping[str, SavedAdapter] = field(default_factory=dict)
@@ -66,13 +68,18 @@ class Commit:
 class Checkpoints:
     """The checkpoints of one job. Methods raise StoreUnavailableError.
 
-    `begin` and `commit` are for one process of an attempt; `save` for the one that trains the adapter.
+    `take_over` is for the job's driver; `begin` and `commit` for one process of an attempt; `save` for the one that
+    trains the adapter.
+
+    Args:
+        driver: whose workers these are; what its `take_over` returned.
     """
 
-    def __init__(self, store: ObjectStore, job_id: str) -> None:
+    def __init__(self, store: ObjectStore, job_id: str, driver: int = 0) -> None:
         self._store = store
         self._folder = f"{JobStore(store, job_id).folder}checkpoints/"
         self._job_id = job_id
+        self._driver = driver
         self._etag: str | None = None  # of this attempt's last commit
 
     def read(self, job_digest: str) -> Commit | None:
@@ -85,21 +92,34 @@ class Checkpoints:
         found = self._find(job_digest)
         return None if found is None else found[0]
 
+    def take_over(self, job_digest: str) -> int:
+        """Make this the job's driver: workers of an earlier one, should there be any left, begin no attempt again.
+
+        Raises as `read`, and OverloadedError when another driver or attempt began in this moment.
+        """
+        found = self._find(job_digest)
+        before = Commit(job_digest, attempt=0) if found is None else found[0]
+        self._driver = before.driver + 1
+        self._replace(found, replace(before, driver=self._driver))
+        return self._driver
+
+    def is_taken_over(self, job_digest: str) -> bool:
+        """Whether there has been another driver since."""
+        found = self._find(job_digest)
+        return found is not None and found[0].driver != self._driver
+
     def begin(self, job_digest: str) -> Commit:
         """Start an attempt; from now on no earlier one can commit. What earlier ones left uncommitted is removed.
 
-        Raises as `read`, and OverloadedError when another attempt began in this moment.
+        Raises as `read`, and OverloadedError when the job has another driver by now, or another attempt began in this
+        moment.
         """
         found = self._find(job_digest)
-        try:
-            if found is None:
-                commit = Commit(job_digest, attempt=1)
-                self._etag = self._store.put_if_absent(self._commit_key, _written(commit))
-            else:
-                commit = replace(found[0], attempt=found[0].attempt + 1)
-                self._etag = self._swap(commit, found[1])
-        except PreconditionFailedError:
-            raise self._taken_over() from None
+        before = Commit(job_digest, attempt=0) if found is None else found[0]
+        if before.driver != self._driver:
+            raise self._taken_over()
+        commit = replace(before, attempt=before.attempt + 1)
+        self._etag = self._replace(found, commit)
         self.clean(commit)
         return commit
 
@@ -139,10 +159,7 @@ class Checkpoints:
         """
         if self._etag is None:
             raise ValueError("only who began an attempt commits")
-        try:
-            self._etag = self._swap(commit, self._etag)
-        except PreconditionFailedError:
-            raise self._taken_over() from None
+        self._etag = self._swap(commit, self._etag)
 
     def clean(self, commit: Commit) -> None:
         """Remove what no longer counts, given that `commit` is the last one of its attempt.
@@ -215,8 +232,19 @@ class Checkpoints:
             )
         return commit, stored.etag
 
+    def _replace(self, found: tuple[Commit, str] | None, commit: Commit) -> str:
+        if found is not None:
+            return self._swap(commit, found[1])
+        try:
+            return self._store.put_if_absent(self._commit_key, _written(commit))
+        except PreconditionFailedError:
+            raise self._taken_over() from None
+
     def _swap(self, commit: Commit, etag: str) -> str:
-        return self._store.compare_and_swap(self._commit_key, _written(commit), etag)
+        try:
+            return self._store.compare_and_swap(self._commit_key, _written(commit), etag)
+        except PreconditionFailedError:
+            raise self._taken_over() from None
 
     def _taken_over(self) -> OverloadedError:
         return OverloadedError(f"another attempt of the job {self._job_id!r} has taken over")
@@ -233,6 +261,7 @@ def _written(commit: Commit) -> bytes:
         {
             "job_digest": commit.job_digest,
             "attempt": commit.attempt,
+            "driver": commit.driver,
             "round": commit.round,
             "shares": [list(share) for share in commit.shares],
             "adapters": {
@@ -253,6 +282,7 @@ def _parsed(data: bytes) -> Commit:
     return Commit(
         job_digest=values["job_digest"],
         attempt=values["attempt"],
+        driver=values["driver"],
         round=values["round"],
         shares=tuple(tuple(share) for share in values["shares"]),
         adapters={name: SavedAdapter(**saved) for name, saved in values["adapters"].items()},

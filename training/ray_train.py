@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from storage.errors import OverloadedError
 from storage.stores import open_store
 from training.checkpoints import Checkpoints
 from training.config import TrainingSettings
@@ -50,6 +51,7 @@ def run_training(
 
     Raises:
         SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
+        OverloadedError: the job was started once more meanwhile; what becomes of it, that one tells.
     """
     store = open_store(settings.storage)
     job, checkpoints = JobStore(store, job_id), Checkpoints(store, job_id)
@@ -62,8 +64,13 @@ def run_training(
     with _followed(job, on_event), job.writer(DRIVER) as tell:
         workers = min(settings.training.num_workers, len(left))
         tell(JobStarted(job_id, tuple(plan.data), workers))
-        task = WorkerTask(plan, work, settings.storage, settings.training, job_id)
-        error = _fit(task, workers, job_directory(settings, job_id)) if left else None
+        error = None
+        if left:
+            driver = checkpoints.take_over(work.digest)
+            task = WorkerTask(plan, work, settings.storage, settings.training, job_id, driver)
+            error = _fit(task, workers, job_directory(settings, job_id))
+            if error is not None and checkpoints.is_taken_over(work.digest):
+                raise OverloadedError(f"another run of the job {job_id!r} goes on with it")
         events = job.read_events().events
         result = job_result(events, error)
         keep_picture(job, job_id, events)

@@ -41,6 +41,7 @@ class WorkerTask:
     storage: StorageSettings
     training: TrainingSettings
     job_id: str
+    driver: int
 
 
 class RayPeers:
@@ -72,7 +73,8 @@ def train_share(config: Mapping[str, Any]) -> None:
     torch.set_num_threads(task.training.threads or max(1, cores))
     peers = RayPeers()
     store = open_store(task.storage)
-    job, checkpoints = JobStore(store, task.job_id), Checkpoints(store, task.job_id)
+    job = JobStore(store, task.job_id)
+    checkpoints = Checkpoints(store, task.job_id, task.driver)
     publisher = JobPublisher(
         Registry(store),
         task.plan.base,

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from storage.errors import StoreUnavailableError
@@ -206,7 +206,7 @@ def _next(commit: Commit, shares: Shares, saved: Sequence[Mapping[str, Any]]) ->
     adapters = dict(commit.adapters)
     for one in saved:
         adapters.update(one)
-    return Commit(commit.job_digest, commit.attempt, commit.round + 1, shares, adapters)
+    return replace(commit, round=commit.round + 1, shares=shares, adapters=adapters)
 
 
 def _clean(checkpoints: Checkpoints, commit: Commit) -> None:

@@ -154,8 +154,8 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
         (worker,) = (e for e in events_of(settings, "job-1") if isinstance(e, WorkerStarted))
         os.kill(worker.pid, signal.SIGKILL)
 
-    # An attempt begins with a commit, each round ends with one; within a round events are told by the clock.
-    s3_api.before = killer = KillsOnce(kill_the_worker, COMMIT, COMMIT, WORKER_EVENTS)
+    # A driver and an attempt begin with a commit, each round ends with one; events are told by the clock.
+    s3_api.before = killer = KillsOnce(kill_the_worker, *[COMMIT] * 3, WORKER_EVENTS)
     result = run_training(spec, settings, seen.append, job_id="job-1")
 
     assert killer.has_killed
@@ -200,7 +200,7 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_with_another_number_of_w
         while any(psutil.pid_exists(pid) for pid in workers):  # Ray ends them after their driver
             time.sleep(0.05)
 
-    s3_api.before = killer = KillsOnce(kill_the_driver, COMMIT, COMMIT, COMMIT)
+    s3_api.before = killer = KillsOnce(kill_the_driver, *[COMMIT] * 4)
     key = store_spec(open_store(settings.storage), spec, job_id)
     first = with_workers(2).submit(key, job_id)
     assert not first.status.is_final

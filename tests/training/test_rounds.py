@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
@@ -158,7 +160,7 @@ def saved_round(checkpoints: Checkpoints, commit: Commit, **values: int) -> Comm
         name: checkpoints.save(commit, name, {"value": value}, step=value, is_over=False)
         for name, value in values.items()
     }
-    return Commit(commit.job_digest, commit.attempt, commit.round + 1, (("a", "b"),), saved)
+    return replace(commit, round=commit.round + 1, shares=(("a", "b"),), adapters=saved)
 
 
 def test_what_was_committed_comes_back_and_the_same_is_not_written_twice(
@@ -198,6 +200,21 @@ def test_an_attempt_that_was_taken_over_can_neither_commit_nor_remove_anything(
     new.clean(mine)
     assert new.load(mine.adapters["a"]) == {"value": 3}
     assert states(store) == [mine.adapters["a"].key]
+
+
+def test_workers_of_a_driver_that_was_succeeded_begin_no_attempt_again(
+    store: ObjectStore,
+) -> None:
+    first, second = Checkpoints(store, JOB), Checkpoints(store, JOB)
+    early = first.take_over("d")
+    assert Checkpoints(store, JOB, early).begin("d").attempt == 1
+    assert not first.is_taken_over("d")
+    late = second.take_over("d")
+    assert first.is_taken_over("d") and not second.is_taken_over("d")
+    with pytest.raises(OverloadedError, match="another attempt of the job 'job'"):
+        Checkpoints(store, JOB, early).begin("d")
+    assert Checkpoints(store, JOB, late).begin("d").attempt == 2
+    assert Checkpoints(store, JOB, late).begin("d").attempt == 3
 
 
 def test_a_checkpoint_that_is_damaged_or_gone_is_named(store: ObjectStore) -> None:
