@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.table import ReplicaLoad
 
-EVENNESS = 6.0
+EVENNESS = 25.0
 """A slot kept busy over the memory weighs so many slots busy now: what is busy now is mostly chance."""
 USUAL_LOAD_S = 0.1
 """Until a replica has loaded anything."""
@@ -28,9 +28,9 @@ class KnownReplica:
     load_s: float = USUAL_LOAD_S
     is_listed: bool = False
 
-    busy: tuple[bool, float, float] = (True, 0.0, 0.0)
-    """What replicas that have the adapter are compared by, the least first, kept up by `weigh`: slots busy now and over
-    the memory, then work.
+    busy: tuple[bool, bool, float, float] = (True, True, 0.0, 0.0)
+    """What replicas that have the adapter are compared by, the least first, kept up by `weigh`: whether a slot is free,
+    then slots busy now and over the memory, then work.
     """
 
     @property
@@ -43,11 +43,9 @@ class KnownReplica:
         Args:
             slots_per_work: kept busy on average by one unit of `recent`.
         """
-        now = self.under_way + self.others
-        waiting = now - self.slots
         work = self.recent + max(0.0, self.others_work)
-        slots = now + (waiting if waiting > 0 else 0.0) + EVENNESS * slots_per_work * work
-        self.busy = (not self.is_listed, slots, work)
+        slots = self.under_way + self.others + EVENNESS * slots_per_work * work
+        self.busy = (not self.is_listed, not self.is_free, slots, work)
 
     def start(self, work: float) -> None:
         self.under_way += 1

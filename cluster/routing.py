@@ -222,7 +222,7 @@ class Routing:
 
     # The choice.
 
-    def _busy(self, replica_id: str) -> tuple[bool, float, float]:
+    def _busy(self, replica_id: str) -> tuple[bool, bool, float, float]:
         return self._replicas.get(replica_id, _NOBODY).busy
 
     def _is_free(self, replica_id: str) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from benchmarks.placement.measures import Outcome
-from benchmarks.placement.policies import OURS, Policy
+from benchmarks.placement.policies import OURS, RAYS_RULE, Policy
 from benchmarks.results_file import Row
 
 HIT_RANK_1 = {"drift": 0.975, "mmpp-adapter": 0.965}
@@ -16,6 +16,8 @@ IMBALANCE, WORST_IMBALANCE = 1.08, 1.12
 LOADS = {"flash": 0.01, "drift": 0.02}
 USUAL_LOADS = 0.005
 CROWD_TICKS = 2.0
+HIT_ABOVE_RAYS = {False: -0.005, True: 0.03}
+EXCESS_OF_RAYS = 0.25
 
 
 class Run(Protocol):
@@ -28,6 +30,8 @@ class Run(Protocol):
     @property
     def is_mixed(self) -> bool: ...
     @property
+    def seed(self) -> int: ...
+    @property
     def name(self) -> str: ...
 
 
@@ -38,11 +42,16 @@ def hit_bar(workload: str, is_mixed: bool) -> float:
 
 
 def rows_of(outcomes: Iterable[tuple[Run, Outcome]]) -> list[Row]:
-    """A row for each figure of all runs of one name: a round for each seed. Rivals are told, not judged."""
+    """A row for each figure of all runs of one name: a round for each seed. Rivals are told, not judged.
+
+    Then ours beside Ray's rule, wherever both were run.
+    """
+    outcomes = list(outcomes)
     named: dict[str, list[tuple[Run, Outcome]]] = {}
     for run, outcome in outcomes:
         named.setdefault(run.name, []).append((run, outcome))
-    return [row for runs in named.values() for row in _rows(runs)]
+    rows = [row for runs in named.values() for row in _rows(runs)]
+    return [*rows, *_beside_rays_rule(outcomes)]
 
 
 def _rows(runs: list[tuple[Run, Outcome]]) -> list[Row]:
@@ -81,3 +90,24 @@ def _rows(runs: list[tuple[Run, Outcome]]) -> list[Row]:
     if recovered:
         rows.append(row("seconds until the loss is not felt", recovered, None, "lower"))
     return rows
+
+
+def _beside_rays_rule(outcomes: Sequence[tuple[Run, Outcome]]) -> Iterator[Row]:
+    """Two rows for each workload: hits above Ray's rule, and what is over even load as a part of what it has over."""
+    ours = {(_asked(run), run.seed): outcome for run, outcome in outcomes if run.policy is OURS}
+    pairs: dict[tuple[str, bool], list[tuple[Outcome, Outcome]]] = {}
+    for run, outcome in outcomes:
+        mine = ours.get((_asked(run), run.seed))
+        if run.policy is RAYS_RULE and mine is not None:
+            pairs.setdefault((_asked(run), run.is_mixed), []).append((mine, outcome))
+    for (asked, is_mixed), both in pairs.items():
+        name = f"ours beside Ray's rule{asked}"
+        hits = tuple(mine.hit_of_best - rays.hit_of_best for mine, rays in both)
+        yield Row(f"{name}: hit rate over the best, above", hits, HIT_ABOVE_RAYS[is_mixed])
+        excess = tuple((mine.imbalance - 1) / (rays.imbalance - 1) for mine, rays in both)
+        yield Row(f"{name}: excess imbalance, part", excess, EXCESS_OF_RAYS, "lower")
+
+
+def _asked(run: Run) -> str:
+    """What a run's name says beside its policy."""
+    return run.name.removeprefix(run.policy.name)

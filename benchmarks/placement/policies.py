@@ -154,8 +154,9 @@ class MultiplexRule:
 
 
 OURS = Policy("ours", lambda clock, rng, replicas: Routing(clock, rng), is_planned=True)
+RAYS_RULE = Policy("multiplex rule", lambda clock, rng, replicas: MultiplexRule(rng, replicas))
 RIVALS = (
     Policy("least loaded", lambda clock, rng, replicas: LeastLoaded(clock)),
     Policy("bounded hashing", lambda clock, rng, replicas: BoundedHashing(clock)),
-    Policy("multiplex rule", lambda clock, rng, replicas: MultiplexRule(rng, replicas)),
+    RAYS_RULE,
 )

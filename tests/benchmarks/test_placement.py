@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from benchmarks.placement.__main__ import QUICK_FLEET, QUICK_SPAN, Case, run
 from benchmarks.placement.bars import rows_of
+from benchmarks.placement.measures import Outcome
 from benchmarks.placement.policies import OURS, RIVALS, Policy
 from benchmarks.placement.replica import Request, SimulatedReplica
 from benchmarks.placement.simulation import Loss, Simulation
@@ -91,3 +94,16 @@ def test_a_second_request_for_an_adapter_that_is_being_loaded_waits_and_lets_oth
     waited = replica.next_startable(LOAD_S)
     assert waited is not None and waited.index == 1
     assert replica.start(waited, LOAD_S) == 0
+
+
+def test_ours_is_judged_beside_rays_rule_where_both_were_run() -> None:
+    outcome = Outcome(
+        0.9, hit_of_best=0.95, imbalance=1.02, worst_imbalance=1.1, wait_p50_ms=0.0, wait_p99_ms=1.0
+    )
+    rays = replace(outcome, hit_of_best=0.91, imbalance=1.2)
+    outcomes = [(Case(OURS, "zipf", True, 0.55, seed), outcome) for seed in (1, 2)]
+    outcomes.append((Case(OURS, "drift", True, 0.55, 1), outcome))
+    outcomes.append((Case(MULTIPLEX_RULE, "zipf", True, 0.55, 1), rays))
+    hits, excess = (row for row in rows_of(outcomes) if row.name.startswith("ours beside"))
+    assert hits.rounds == pytest.approx((0.04,)) and hits.met
+    assert excess.rounds == pytest.approx((0.1,)) and excess.met
