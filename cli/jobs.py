@@ -18,7 +18,6 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cli.console import AsJson, out, print_json, short
-from cli.errors import CommandFailedError
 from cli.running import find_running
 from cli.settings import RegistryOption, S3Endpoint, command_settings
 from cli.training_job import job_backend
@@ -26,8 +25,6 @@ from deployments.settings import Settings
 from storage.errors import NotFoundError
 from storage.object_store import ObjectStore
 from storage.stores import open_store, open_store_to_read
-from training.backend import JobBackend
-from training.backends import open_backend
 from training.event_text import describe
 from training.events import TrainingEvent, event_line
 from training.job_reports import JobReport, cancel_job, exists, newest_jobs, report
@@ -176,7 +173,9 @@ def cancel(
             # For a desk that is not there to do it.
             JobStore(store, changed.batch).stop(changed.name)
     else:
-        status = cancel_job(_backend(settings), store, job).status.value
+        running = find_running()
+        backend = job_backend(running.ray if running else None, settings)
+        status = cancel_job(backend, store, job).status.value
     if as_json:
         print_json({"job": job, "status": status})
     else:
@@ -229,18 +228,6 @@ def _told(store: ObjectStore, job_id: str, follow: bool) -> Iterator[TrainingEve
         if not follow or is_over or told.status.is_final:
             return
         time.sleep(_POLL_S)
-
-
-def _backend(settings: Settings) -> JobBackend:
-    """Where jobs of these settings run: on Kubernetes, at another cluster's address, or on this machine's."""
-    if settings.training.backend == "kubernetes" or settings.training.job_address is not None:
-        return open_backend(settings)
-    running = find_running()
-    if running is None:
-        raise CommandFailedError(
-            "no cluster is running here that the job could be on; set training.job_address or training.backend"
-        )
-    return job_backend(running.ray, settings)
 
 
 def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:

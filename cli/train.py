@@ -21,6 +21,7 @@ from cli.training_job import TrainingResult, cancel, follow, job_backend, submit
 from deployments.settings import Settings
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
+from training.backends import runs_elsewhere
 from training.learning_curve import Curve, sparkline
 from training.spec import TrainingSpec
 
@@ -46,11 +47,12 @@ def train(
     running = find_running()
     if (spec is None) == (attach is None):
         raise InvalidRequestError("give a specification, or --attach with a job's id")
-    if (detach or attach is not None) and running is None:
-        raise InvalidRequestError("no cluster is running here to keep the job; start one: flora up")
     settings = _settings(registry, s3_endpoint)
+    is_kept = running is not None or runs_elsewhere(settings)
+    if (detach or attach is not None) and not is_kept:
+        raise InvalidRequestError("no cluster is running here to keep the job; start one: flora up")
     checked = None if spec is None else read_specification(spec, storage=settings.storage)
-    with _ray(running.ray if running else None) as ray:
+    with _ray(running.ray if running else None, is_needed=not is_kept) as ray:
         if checked is None:
             assert attach is not None
             result = follow(job_backend(ray, settings), settings, attach)
@@ -100,8 +102,9 @@ def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:
 
 
 @contextmanager
-def _ray(shared: LocalCluster | None) -> Iterator[LocalCluster]:
-    if shared is not None:
+def _ray(shared: LocalCluster | None, *, is_needed: bool) -> Iterator[LocalCluster | None]:
+    """The Ray there is on this machine, else a private one if jobs need it."""
+    if not is_needed:
         yield shared
         return
     with err.status("starting a private Ray"):

@@ -33,7 +33,9 @@ class TrainingResult:
     seconds: float
 
 
-def submit(spec: TrainingSpec, ray: LocalCluster, settings: Settings, job_id: str) -> JobBackend:
+def submit(
+    spec: TrainingSpec, ray: LocalCluster | None, settings: Settings, job_id: str
+) -> JobBackend:
     """Store the specification with its data and start the job. Raises OverloadedError when the cluster refuses."""
     from training.stored_spec import store_spec
 
@@ -43,10 +45,20 @@ def submit(spec: TrainingSpec, ray: LocalCluster, settings: Settings, job_id: st
     return backend
 
 
-def job_backend(ray: LocalCluster, settings: Settings) -> JobBackend:
-    """A Ray on this machine, which has this checkout already, unless the settings name another place for jobs."""
-    from training.backends import open_backend
+def job_backend(ray: LocalCluster | None, settings: Settings) -> JobBackend:
+    """Where the settings say; else a Ray on this machine, which has this checkout already.
 
+    Raises:
+        CommandFailedError: it is to be this machine's, and there is none.
+    """
+    from training.backends import open_backend, runs_elsewhere
+
+    if runs_elsewhere(settings):
+        return open_backend(settings)
+    if ray is None:
+        raise CommandFailedError(
+            "no cluster is running here that the job could be on; set training.job_address or training.backend"
+        )
     ray.authenticate()
     return open_backend(settings, ray.dashboard_url)
 

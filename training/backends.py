@@ -10,6 +10,11 @@ from training.job_settings import JobAreas, JobSettings
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+def runs_elsewhere(settings: JobAreas) -> bool:
+    """Whether jobs of these settings run on another cluster than the one at hand."""
+    return settings.training.backend == "kubernetes" or settings.training.job_address is not None
+
+
 def open_backend(settings: JobAreas, here: str | None = None) -> JobBackend:
     """Where jobs of these settings run.
 

@@ -7,7 +7,10 @@ never passed on in a job's environment or metadata.
 from __future__ import annotations
 
 import itertools
+import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +30,9 @@ _STATUS = {
     RayStatus.FAILED: JobStatus.FAILED,
     RayStatus.STOPPED: JobStatus.CANCELLED,
 }
+
+_OVERRIDES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_environment = threading.Lock()
 
 
 class RayJobBackend:
@@ -84,19 +90,26 @@ class RayJobBackend:
 
     def _client(self) -> JobSubmissionClient:
         try:
-            client = JobSubmissionClient(self._address)
+            with _alone(self._address):
+                return JobSubmissionClient(self._address)
         except (OSError, RuntimeError, AuthenticationError) as error:
             raise OverloadedError(
                 f"the job server at {self._address or 'the default address'} cannot be used: {error}"
             ) from error
-        wanted = (self._address or "").rstrip("/")
-        if wanted.startswith("http") and client.get_address().rstrip("/") != wanted:
-            # Ray lets its variables override an address that is given.
-            raise OverloadedError(
-                f"RAY_API_SERVER_ADDRESS or RAY_ADDRESS names {client.get_address()}, but jobs are for {wanted}; "
-                "unset the variable"
-            )
-        return client
+
+
+@contextmanager
+def _alone(address: str | None) -> Iterator[None]:
+    """Ray's variables, which a pod or a shell may have for another cluster, override an address that is given."""
+    if address is None:
+        yield
+        return
+    with _environment:
+        hidden = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
+        try:
+            yield
+        finally:
+            os.environ.update(hidden)
 
 
 @dataclass(frozen=True, slots=True)

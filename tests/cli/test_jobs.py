@@ -119,3 +119,13 @@ def test_an_unknown_job_is_a_wrong_question(flora: Flora, command: str) -> None:
 def test_a_job_cannot_be_cancelled_where_no_cluster_is(flora: Flora, store: ObjectStore) -> None:
     run_job(store, "first", "red", is_killed=True)
     assert "no cluster is running" in flora("jobs", "cancel", "first", code=1).stderr
+
+
+def test_where_the_settings_name_another_cluster_that_one_is_asked(
+    flora: Flora, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(store, "first", "red", is_killed=True)
+    monkeypatch.setenv("FLORA_TRAINING__JOB_ADDRESS", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in flora("jobs", "cancel", "first", code=1).stderr
+    monkeypatch.setenv("FLORA_TRAINING__BACKEND", "kubernetes")
+    assert "no service account" in flora("jobs", "cancel", "first", code=1).stderr

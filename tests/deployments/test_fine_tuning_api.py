@@ -198,9 +198,9 @@ def test_a_request_that_is_sent_again_makes_no_second_job(
 def test_files_and_jobs_are_their_tenants_alone(
     local_server: LocalServer, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    world = World.create(
-        tiny_llama_dir, settings_for(tiny_llama_dir, tmp_path, allow_anonymous=False)
-    )
+    values = settings_for(tiny_llama_dir, tmp_path, allow_anonymous=False)
+    small = values.training.model_copy(update={"max_file_bytes": 2 << 20})
+    world = World.create(tiny_llama_dir, values.model_copy(update={"training": small}))
     keys = KeyStore(open_store(world.settings.storage))
     made = [new_key(tenant, is_admin=False, created_s=1.0) for tenant in ("us", "them")]
     for one in made:
@@ -227,3 +227,6 @@ def test_files_and_jobs_are_their_tenants_alone(
                 ask()
         with pytest.raises(openai.BadRequestError, match="does not exist"):
             create(them, file, "theirs")
+        with pytest.raises(openai.APIStatusError, match="larger than") as caught:
+            us.files.create(file=("d.jsonl", b"x" * (4 << 20)), purpose="fine-tune")
+        assert caught.value.status_code == 413

@@ -241,8 +241,13 @@ def test_a_job_with_a_wrong_specification_fails_and_says_why_and_may_be_tried_ag
 
 
 def test_a_job_can_be_cancelled_and_an_unknown_one_is_told(
-    ray_session: LocalCluster, settings: JobSettings, spec: TrainingSpec
+    ray_session: LocalCluster,
+    settings: JobSettings,
+    spec: TrainingSpec,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # What a shell or a pod has for another cluster is not where these jobs go.
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     backend = RayJobBackend(ray_session.dashboard_url, settings)
     for ask in (backend.get, backend.cancel, lambda job_id: list(backend.logs(job_id))):
         with pytest.raises(NotFoundError, match="no training job 'nobody'"):
