@@ -37,10 +37,7 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Args:
-    directory: of all state.
-    save_every: steps; a kill loses no more.
-    """
+    """A base model, windows of every language, and a `directory` of all state; a kill loses `save_every` steps."""
 
     base: FrozenBase
     parts: Mapping[str, Parts]
@@ -62,27 +59,39 @@ class Study:
         search.run()
         rates = best_rates(search.held_out)
         base = self._base_losses()
+        searched = search_losses(search.held_out)
         finished: list[Losses] = []
         for seed in range(seeds):
-            job = self._job(f"seed-{seed}", contest_runs(self.parts, rates, self.sizes, seed))
 
-            def tell_of(
-                seed: int = seed,
-                job: ResumableJob = job,
-                before: Sequence[Losses] = tuple(finished),
-            ) -> None:
-                latest = Losses.latest(base, job.held_out, seed)
-                # A seed that is not through is told of only where there is no other.
-                if latest is not None and (latest.step == self.sizes.steps or not before):
-                    found(Findings(search_losses(search.held_out), rates, (*before, latest)))
+            def found_part(part: Losses) -> None:
+                # Of seeds that are not through only the first is told of: there is nothing better yet.
+                if not finished:
+                    found(Findings(searched, rates, (part,)))
 
-            job.run(at_save=tell_of)
-            if job.failed:
-                raise AdapterStoppedError("; ".join(f"{n}: {why}" for n, why in job.failed.items()))
-            tell_of()
+            finished.append(self._train(seed, rates, base, found_part))
+            found(Findings(searched, rates, tuple(finished)))
+
+    def _train(
+        self,
+        seed: int,
+        rates: Mapping[str, float],
+        base: Mapping[str, float],
+        found_part: Callable[[Losses], None],
+    ) -> Losses:
+        """All adapters of one seed; `found_part` is called with what was evaluated before the last step."""
+        job = self._job(f"seed-{seed}", contest_runs(self.parts, rates, self.sizes, seed))
+
+        def saved() -> None:
             latest = Losses.latest(base, job.held_out, seed)
-            assert latest is not None, "a job that is through has evaluated everyone"
-            finished.append(latest)
+            if latest is not None and not job.is_done:
+                found_part(latest)
+
+        job.run(at_save=saved)
+        if job.failed:
+            raise AdapterStoppedError("; ".join(f"{n}: {why}" for n, why in job.failed.items()))
+        losses = Losses.latest(base, job.held_out, seed)
+        assert losses is not None, "a job that is through has evaluated everyone"
+        return losses
 
     def _job(self, name: str, runs: Sequence[AdapterRun]) -> ResumableJob:
         return ResumableJob(
