@@ -17,6 +17,8 @@ from storage.errors import SpecificationError
 from storage.identity import checked_name
 from training.config import TrainingSettings
 
+_PLACES = ("FLORA_STORAGE__CACHE_DIR", "FLORA_TRAINING__STORAGE_PATH")
+
 
 class JobAreas(Protocol):
     """What a job needs of any settings; those of the whole cluster have it too."""
@@ -68,11 +70,16 @@ def job_directory(settings: JobAreas, job_id: str) -> Path:
     return settings.training.storage_path.expanduser().resolve() / name
 
 
-def as_environment(settings: JobSettings) -> dict[str, str]:
-    """The variables that give another process these settings. None of them is a secret."""
+def as_environment(settings: JobSettings, *, is_here: bool = True) -> dict[str, str]:
+    """The variables that give another process these settings. None of them is a secret.
+
+    Args:
+        is_here: it runs on this machine. Elsewhere, the places on a machine's disk are that one's own.
+    """
     values = settings.model_dump(mode="json", exclude_none=True)
-    return {
+    variables = {
         f"FLORA_{area.upper()}__{name.upper()}": str(value)
         for area, fields in values.items()
         for name, value in fields.items()
     }
+    return {name: value for name, value in variables.items() if is_here or name not in _PLACES}

@@ -110,7 +110,7 @@ class KubernetesJobBackend:
         labels = {JOB_LABEL: _name(job_id), ATTEMPT_LABEL: str(number)}
         name = f"{_name(job_id)}-{number}"
         made["metadata"] = {"name": name, "labels": made["metadata"].get("labels", {}) | labels}
-        environment = {"env_vars": as_environment(self._settings)}
+        environment = {"env_vars": as_environment(self._settings, is_here=False)}
         made["spec"] |= {
             "entrypoint": entrypoint(spec_key, job_id),
             "runtimeEnvYAML": yaml.safe_dump(environment),

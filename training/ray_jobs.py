@@ -58,7 +58,9 @@ class RayJobBackend:
         if last is not None and last.info.status is not JobStatus.FAILED:
             return last.info
         attempt_id = _attempt_id(job_id, 1 if last is None else last.number + 1)
-        environment: dict[str, object] = {"env_vars": as_environment(self._settings)}
+        is_here = self._working_dir is None
+        variables = as_environment(self._settings, is_here=is_here)
+        environment: dict[str, object] = {"env_vars": variables}
         if self._working_dir is not None:
             environment["working_dir"] = str(self._working_dir)
         try:

@@ -124,6 +124,9 @@ def test_a_job_is_an_object_that_the_crd_allows_and_that_has_no_secret(
     variables = yaml.safe_load(made["spec"]["runtimeEnvYAML"])["env_vars"]
     assert variables["FLORA_STORAGE__REGISTRY"] == "s3://flora/registry"
     assert variables["FLORA_TRAINING__NUM_WORKERS"] == "2"
+    assert "FLORA_STORAGE__CACHE_DIR" not in variables, (
+        "a place on the ingress's disk is none there"
+    )
     template = yaml.safe_load(TEMPLATE.read_text())
     assert made["spec"]["rayClusterSpec"] == template["spec"]["rayClusterSpec"]
     assert "secretRef" in json.dumps(made) and TOKEN not in json.dumps(made)
