@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -29,13 +31,16 @@ def add_runner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runner", choices=["auto", "hf", "native"], default="auto")
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, beside: Mapping[str, str] = MappingProxyType({})
+) -> argparse.Namespace:
     """The command line; from now on this process computes with `--threads` threads on as many cores.
 
-    Begins the process anew where it was begun without the large pages that served engines have.
+    Begins the process anew where it was begun without the large pages that served engines have, or without what else
+    is to be in its environment.
     """
     arguments = parser.parse_args()
-    environment = with_large_pages(os.environ)
+    environment = with_large_pages({**os.environ, **beside})
     if environment != dict(os.environ):
         os.execve(sys.executable, sys.orig_argv, environment)
     use_cores(arguments.threads)

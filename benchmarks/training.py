@@ -1,49 +1,64 @@
-"""Many adapters trained in one pass over the base model beside one after another, and what rank costs in training.
+"""Many adapters trained in one pass over the base beside one after another and beside PEFT; and what rank costs.
 
 Through the trainer that jobs use, without Ray: forward, backward, clipping and AdamW of every adapter. An adapter's
-batch is one sequence of random tokens, all of them learnt. A round is the same number of optimizer steps of every
-adapter on both sides.
+batch is one sequence of random tokens, all of them learnt. A round is one optimizer step of every adapter on each
+side; of the adapters that train one after another a few are timed and stand for all, which are alike.
 
     python -m benchmarks.training --base ~/.flora/bases/smollm2-135m-instruct
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from benchmarks.command import parse, parser_of
+from benchmarks.peak_memory import peak_mib
 from benchmarks.results_file import Row, own_side, print_rows, write_result
 from training.adapter_run import AdapterData, AdapterRun
 from training.frozen_base import FrozenBase
 from training.spec import AdapterSpec
 from training.tokens import TokenSequence
 from training.trainer import MultiAdapterTrainer
+from workers.large_pages import kept_memory
 from workers.models.loading import load_base
+
+if TYPE_CHECKING:
+    from benchmarks.peft_training import PeftLoop
 
 CLAIM = "Adapters train faster together than one after another, and a step hardly costs more for a higher rank."
 SEED = 0
-_VOCABULARY = 40_000
+FADED = 1.1
+"""A gain that is not worth speaking of."""
 _CPU = torch.device("cpu")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_BARS = {(8, 32): 2.0, (8, 128): 1.3}
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """`together`: tokens of one adapter's batch and the bar of that row. `ranks`: the low one and the high one."""
+    """What is trained. `bars`: of (adapters, tokens). `apart`: adapters that stand for all one after another."""
 
-    adapters: int = 8
-    together: tuple[tuple[int, float], ...] = ((32, 2.0), (128, 1.3))
+    adapters: tuple[int, ...] = (1, 8, 32)
+    tokens: tuple[int, ...] = (32, 128, 512)
+    bars: Mapping[tuple[int, int], float] = field(default_factory=lambda: _BARS)
+    apart: int = 4
     ranks: tuple[int, int] = (1, 16)
     rank_bar: float = 1.8
     rank_tokens: int = 512
     rank_adapters: int = 1
-    vocabulary: int = _VOCABULARY
+    vocabulary: int = 40_000
+    peft: bool = True
+
+
+QUICK = Sizes(adapters=(8,), tokens=(32, 128), rank_tokens=128)
 
 
 def measure(
@@ -51,50 +66,98 @@ def measure(
     rounds: int,
     *,
     sizes: Sizes | None = None,
-    steps: int = 1,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.bfloat16,
     device: torch.device = _CPU,
 ) -> list[Row]:
-    """All rows of the table.
-
-    Args:
-        steps: optimizer steps of every adapter in a round.
-        dtype: of the frozen base; float32 is a job's default.
-    """
+    """All rows of one type of the frozen base; rows of adapters and their optimizer are float32 in any."""
     sizes = sizes or Sizes()
-    longest = max(sizes.rank_tokens, *(tokens for tokens, _ in sizes.together))
-    loaded = load_base(str(base), dtype, device)
-    frozen = FrozenBase.adopt(loaded, max_tokens=longest + 1)
+    longest = max(sizes.rank_tokens, *sizes.tokens)
+    frozen = FrozenBase.adopt(load_base(str(base), dtype, device), max_tokens=longest + 1)
+    kind = str(dtype).removeprefix("torch.")
+    targets = sorted({path.rpartition(".")[2] for path in frozen.layers.projections})
+    peft = None
+    if sizes.peft:
+        from benchmarks.peft_training import PeftLoop
+
+        peft = PeftLoop(base, dtype, device, 1, targets)
     rows: list[Row] = []
-    for tokens, bar in sizes.together:
-        names = range(sizes.adapters)
-        together = [_Trainer(frozen, names, 1, tokens, sizes.vocabulary)]
-        apart = [_Trainer(frozen, [name], 1, tokens, sizes.vocabulary) for name in names]
-        fast, slow = _alternate(together, apart, rounds, steps, f"{tokens} tokens")
-        count = sizes.adapters * tokens * steps
-        title = f"{sizes.adapters} FLoRA r1, {tokens} tokens each"
+    for count in sizes.adapters:
+        gains = {}
+        for tokens in sizes.tokens:
+            found = _together_and_apart(frozen, peft, rounds, sizes, count, tokens, kind)
+            gains[tokens] = found[0].value
+            rows += found
+        faded = fades_at(gains)
+        if count > 1 and faded is not None:
+            name = f"{kind}, {count} adapters: tokens each from which together gains less than {FADED} ×"
+            rows.append(Row(name, (faded,)))
+    return [*rows, _rank_row(frozen, rounds, sizes, kind)]
+
+
+def _together_and_apart(
+    base: FrozenBase,
+    peft: PeftLoop | None,
+    rounds: int,
+    sizes: Sizes,
+    count: int,
+    tokens: int,
+    kind: str,
+) -> list[Row]:
+    """The gain first; then both sides in tokens per second, the peer, and the peak of memory."""
+    apart = min(count, sizes.apart)
+    whole = _Trainer(base, range(count), 1, tokens, sizes.vocabulary)
+    single = [_Trainer(base, [name], 1, tokens, sizes.vocabulary) for name in range(apart)]
+    sides: dict[str, Callable[[], float]] = {
+        "together": lambda: whole.seconds(1),
+        "apart": lambda: sum(each.seconds(1) for each in single) * count / apart,
+    }
+    if peft is not None:
+        loop, sequence = peft, _sequence(0, tokens, sizes.vocabulary)
+        sides["peft"] = lambda: loop.seconds(sequence, 1) * count
+    title = f"{kind}, {count} FLoRA r1, {tokens} tokens each"
+    peak = peak_mib(sides["together"])  # and a first step, which makes what later ones use again
+    peak_apart = peak_mib(sides["apart"])
+    took = _alternate(sides, rounds, title)
+    per_round = count * tokens
+    ratio = _ratio(took["apart"], took["together"])
+    rows = [
+        Row(f"{title}: together / one after another", ratio, sizes.bars.get((count, tokens))),
+        Row(f"{title}: together, tokens/s", tuple(per_round / s for s in took["together"])),
+        Row(f"{title}: one after another, tokens/s", tuple(per_round / s for s in took["apart"])),
+    ]
+    if "peft" in took:
         rows += [
-            Row(
-                f"{title}: trained together / one after another",
-                tuple(b / a for a, b in zip(fast, slow, strict=True)),
-                bar,
-            ),
-            Row(f"{title}: together, tokens per second", tuple(count / a for a in fast)),
+            Row(f"{title}: PEFT's loop, tokens/s", tuple(per_round / s for s in took["peft"])),
+            Row(f"{title}: together / PEFT's loop", _ratio(took["peft"], took["together"])),
         ]
+    if peak is not None and peak_apart is not None:
+        rows += [
+            Row(f"{title}: together, peak MiB", (peak,), better="lower"),
+            Row(f"{title}: one after another, peak MiB", (peak_apart,), better="lower"),
+        ]
+    return rows
+
+
+def _rank_row(base: FrozenBase, rounds: int, sizes: Sizes, kind: str) -> Row:
     low, high = (
-        [_Trainer(frozen, range(sizes.rank_adapters), rank, sizes.rank_tokens, sizes.vocabulary)]
+        _Trainer(base, range(sizes.rank_adapters), rank, sizes.rank_tokens, sizes.vocabulary)
         for rank in sizes.ranks
     )
-    fast, slow = _alternate(low, high, rounds, steps, "ranks")
-    rows.append(
-        Row(
-            f"training step, FLoRA r{sizes.ranks[1]} / r{sizes.ranks[0]}, {sizes.rank_tokens} tokens per adapter",
-            tuple(b / a for a, b in zip(fast, slow, strict=True)),
-            sizes.rank_bar,
-            "lower",
-        )
+    took = _alternate(
+        {"low": lambda: low.seconds(1), "high": lambda: high.seconds(1)}, rounds, "ranks"
     )
-    return rows
+    name = f"{kind}, training step, FLoRA r{sizes.ranks[1]} / r{sizes.ranks[0]}, {sizes.rank_tokens} tokens"
+    return Row(name, _ratio(took["high"], took["low"]), sizes.rank_bar, "lower")
+
+
+def fades_at(gains: Mapping[int, float]) -> float | None:
+    """The tokens of an adapter's batch at which the gain reaches `FADED`, between measured sizes; None: at none."""
+    points = sorted(gains.items())
+    for (few, before), (many, after) in pairwise(points):
+        if before >= FADED > after:
+            share = (before - FADED) / (before - after)
+            return math.exp(math.log(few) + share * (math.log(many) - math.log(few)))
+    return None
 
 
 class _Trainer:
@@ -110,6 +173,7 @@ class _Trainer:
             publish=_never,
             on_event=lambda event: None,
         )
+        self._trainer.start()
 
     def seconds(self, steps: int) -> float:
         """Time of so many optimizer steps of all its adapters. Raises RuntimeError when one of them fails."""
@@ -125,17 +189,22 @@ class _Trainer:
 
 
 def _alternate(
-    one: Sequence[_Trainer], other: Sequence[_Trainer], rounds: int, steps: int, title: str
-) -> tuple[list[float], list[float]]:
-    """Seconds of both sides by round; a side is the sum of its trainers."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for side in (one, other):
-        side[0].seconds(1)
+    sides: Mapping[str, Callable[[], float]], rounds: int, title: str
+) -> dict[str, list[float]]:
+    """Seconds of every side by round, in another order each time; one step before that is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
     for number in range(rounds):
-        for index in (0, 1) if number % 2 else (1, 0):
-            taken[index].append(sum(each.seconds(steps) for each in (one, other)[index]))
-        print(f"round {number}  {title}  {taken[0][-1]:.2f} s, {taken[1][-1]:.2f} s", flush=True)
+        for name in sorted(sides, reverse=bool(number % 2)):
+            taken[name].append(sides[name]())
+        told = ", ".join(f"{name} {took[-1]:.2f} s" for name, took in taken.items())
+        print(f"round {number}  {title}  {told}", flush=True)
     return taken
+
+
+def _ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def _run(name: int, rank: int, tokens: int, vocabulary: int) -> AdapterRun:
@@ -150,12 +219,13 @@ def _run(name: int, rank: int, tokens: int, vocabulary: int) -> AdapterRun:
             "seed": SEED + name,
         }
     )
+    return AdapterRun(spec, AdapterData((_sequence(name, tokens, vocabulary),)), spec.num_steps(1))
+
+
+def _sequence(name: int, tokens: int, vocabulary: int) -> TokenSequence:
     generator = torch.Generator().manual_seed(SEED + name)
-    sequence = TokenSequence(
-        tuple(torch.randint(3, vocabulary, (tokens + 1,), generator=generator).tolist()),
-        (True,) * (tokens + 1),
-    )
-    return AdapterRun(spec, AdapterData((sequence,)), spec.num_steps(1))
+    ids = torch.randint(3, vocabulary, (tokens + 1,), generator=generator).tolist()
+    return TokenSequence(tuple(ids), (True,) * (tokens + 1))
 
 
 def _never(*_: Any) -> NoReturn:
@@ -163,13 +233,18 @@ def _never(*_: Any) -> NoReturn:
 
 
 def main() -> None:
-    parser = parser_of(__doc__, rounds=5)
-    parser.add_argument("--steps", type=int, default=1, help="of every adapter in a round")
-    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the frozen base")
-    arguments = parse(parser)
-    rows = measure(
-        arguments.base, arguments.rounds, steps=arguments.steps, dtype=_DTYPES[arguments.dtype]
-    )
+    parser = parser_of(__doc__, rounds=3)
+    parser.add_argument("--quick", action="store_true", help="8 adapters, 32 and 128 tokens only")
+    parser.add_argument("--dtype", choices=_DTYPES, nargs="*", default=[*_DTYPES])
+    arguments = parse(parser, kept_memory())
+    rows: list[Row] = []
+    for name in arguments.dtype:
+        sizes = QUICK if arguments.quick else Sizes()
+        if (
+            name == "float32" and not arguments.quick
+        ):  # arithmetic bound: more adapters tell no more
+            sizes = Sizes(adapters=(1, 8))
+        rows += measure(arguments.base, arguments.rounds, sizes=sizes, dtype=_DTYPES[name])
     print_rows(rows)
     path = write_result(
         "training",
@@ -177,11 +252,11 @@ def main() -> None:
         rows,
         seed=SEED,
         workload={
-            "dtype": arguments.dtype,
-            "steps_per_round": arguments.steps,
+            "dtypes": arguments.dtype,
             "batch": "one sequence of uniform tokens per adapter and step, all learnt",
+            "apart": f"{Sizes().apart} adapters stand for all that train one after another",
         },
-        sides=[own_side("together"), own_side("one after another")],
+        sides=[own_side("together"), own_side("one after another"), own_side("PEFT's loop")],
     )
     print("wrote", path.name)
 

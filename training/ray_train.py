@@ -26,6 +26,7 @@ from training.job_store import DRIVER, JobStore
 from training.ray_worker import WorkerTask, train_share
 from training.rounds import Work
 from training.spec import TrainingSpec
+from workers.large_pages import kept_memory
 
 _POLL_S = 1.0
 # A lost worker is noticed at once; this bounds the wait for one that is only slow.
@@ -111,6 +112,7 @@ def _fit(task: WorkerTask, workers: int, scratch: Path) -> str | None:
             name=scratch.name,
             storage_path=str(scratch.parent),
             failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+            worker_runtime_env={"env_vars": kept_memory()},
         ),
     )
     try:

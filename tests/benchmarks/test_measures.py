@@ -151,13 +151,27 @@ def test_prepared_adapters_are_published_once(tiny_llama_dir: Path, tmp_path: Pa
 
 def test_training_is_measured_together_and_apart(tiny_llama_dir: Path) -> None:
     sizes = training.Sizes(
-        adapters=2, together=((6, 2.0),), ranks=(1, 3), rank_tokens=8, vocabulary=200
+        adapters=(1, 2),
+        tokens=(6,),
+        bars={(2, 6): 2.0},
+        ranks=(1, 3),
+        rank_tokens=8,
+        vocabulary=200,
     )
-    rows = {row.name: row for row in training.measure(tiny_llama_dir, 2, sizes=sizes, steps=1)}
-    together = rows["2 FLoRA r1, 6 tokens each: trained together / one after another"]
+    rows = {row.name: row for row in training.measure(tiny_llama_dir, 2, sizes=sizes)}
+    title = "bfloat16, 2 FLoRA r1, 6 tokens each"
+    together = rows[f"{title}: together / one after another"]
     assert (together.bar, together.better, len(together.rounds)) == (2.0, "higher", 2)
-    ranks = rows["training step, FLoRA r3 / r1, 8 tokens per adapter"]
+    assert rows[f"{title}: PEFT's loop, tokens/s"].value > 0
+    assert rows["bfloat16, 1 FLoRA r1, 6 tokens each: together / one after another"].bar is None
+    ranks = rows["bfloat16, training step, FLoRA r3 / r1, 8 tokens"]
     assert (ranks.bar, ranks.better) == (1.8, "lower")
+
+
+def test_the_place_where_a_gain_fades_lies_between_the_sizes_around_it() -> None:
+    assert training.fades_at({32: 2.0, 128: 1.5, 512: 1.2}) is None
+    found = training.fades_at({32: 2.0, 128: 1.3, 512: 0.9})
+    assert found == pytest.approx(256)
 
 
 def test_trainers_that_share_a_base_train_their_own_rows(tiny_llama_dir: Path) -> None:
