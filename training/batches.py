@@ -15,6 +15,8 @@ from training.packed_attention import PackedAttention
 from training.tokens import TokenSequence
 from workers.row_form.step_plan import Segment, StepPlan, plan_step
 
+MAX_PADDING = 2
+
 
 @dataclass(frozen=True, slots=True)
 class OwnedSequence:
@@ -78,14 +80,23 @@ def pack(
 
 
 def split(owned: Sequence[OwnedSequence], max_tokens: int) -> Iterator[Sequence[OwnedSequence]]:
-    """Parts of at most `max_tokens` tokens (a longer sequence is a part of its own), in order."""
+    """Parts of at most `max_tokens` tokens (a longer sequence is a part of its own), in order.
+
+    Attention pads a part's sequences to its longest, so that many short ones beside a long one would take many times
+    their memory: a part has at most `MAX_PADDING` positions for each of `max_tokens`.
+    """
     part: list[OwnedSequence] = []
-    count = 0
+    count = longest = 0
     for one in owned:
-        if part and count + one.num_inputs > max_tokens:
+        longer = max(longest, one.num_inputs)
+        if part and (
+            count + one.num_inputs > max_tokens
+            or (len(part) + 1) * longer > MAX_PADDING * max_tokens
+        ):
             yield part
-            part, count = [], 0
+            part, count, longer = [], 0, one.num_inputs
         part.append(one)
         count += one.num_inputs
+        longest = longer
     if part:
         yield part

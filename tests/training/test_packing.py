@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.training.tiny_jobs import Recorder, adapter, padded_loss, sequences, tiny_model, trainer
-from training.batches import OwnedSequence
+from training.batches import MAX_PADDING, OwnedSequence, split
 from training.tokens import TokenSequence
 from training.trainer import MultiAdapterTrainer
 
@@ -59,3 +61,18 @@ def test_a_long_sequence_beside_a_short_one_keeps_its_positions(job: MultiAdapte
     expected = padded_loss(tiny_model(), [long]) * long.num_learnt
     found = nll(job, (0, short), (1, long), (0, short))
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 100))
+def test_a_step_is_split_into_parts_whose_padding_has_a_bound(
+    lengths: list[int], max_tokens: int
+) -> None:
+    """So that what a part takes is known from its tokens, however long and short are mixed."""
+    owned = [OwnedSequence(0, 0, TokenSequence((3,) * (n + 1), (True,) * (n + 1))) for n in lengths]
+    parts = list(split(owned, max_tokens))
+    assert [one for part in parts for one in part] == owned
+    for part in parts:
+        sizes = [one.num_inputs for one in part]
+        assert len(part) == 1 or sum(sizes) <= max_tokens
+        assert len(part) == 1 or len(part) * max(sizes) <= MAX_PADDING * max_tokens
