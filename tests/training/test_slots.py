@@ -107,7 +107,7 @@ def test_who_waits_has_no_rows() -> None:
     assert few.state_of(9)["rows"] is None
 
 
-@pytest.mark.parametrize("places", [1, 2, 8])
+@pytest.mark.parametrize("places", [1, 4])
 def test_a_checkpoint_with_waiting_adapters_goes_on_with_any_number_of_places(
     places: int, undisturbed: Recorder
 ) -> None:
