@@ -140,7 +140,7 @@ def test_two_that_fit_alone_and_not_in_one_trainer_are_told_apart() -> None:
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 16), st.integers(1, 4000), st.integers(1, 600)),

@@ -149,20 +149,20 @@ def test_early_stops_and_evaluations_are_the_same_among_those_who_come_and_go() 
             name,
             rank=rank,
             evaluation={"fraction": 0.2, "every_steps": 2},
-            early_stop={"patience": 2},
+            early_stop={"patience": 1},
             learning_rate=5e-2,
-            steps=30,
+            steps=20,
         )
         for name, rank in (("one", 1), ("two", 4))
     ]
 
     def run(spec: AdapterSpec) -> AdapterRun:
         # More than a step may hold: evaluated in parts.
-        return run_of(spec, held_out=sequences("other", 8))
+        return run_of(spec, held_out=sequences("other", 6))
 
     wide = torch.float64  # at this rate, a rounding of float32 grows
     expected = trained(*watched, run=run, dtype=wide)
-    found = trained(*watched, run=run, dtype=wide, max_resident=1, max_step_tokens=24)
+    found = trained(*watched, run=run, dtype=wide, max_resident=1, max_step_tokens=32)
     for kind in (AdapterEvaluated, AdapterFinished):
         for spec in watched:
             ours, theirs = (
@@ -204,7 +204,7 @@ def test_the_shape_of_rows_is_known_before_there_are_any(spec: AdapterSpec) -> N
     assert row_layouts(targets, shapes, biased=shapes.keys()) == expected
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, len(MIXED) - 1), max_size=30))
 def test_any_coming_and_going_keeps_every_row_to_one_owner(moves: list[int]) -> None:
     base = tiny_base(has_biases=True)
