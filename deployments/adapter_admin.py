@@ -89,13 +89,17 @@ class AdapterAdmin:
 
     def load(self, name: AdapterName, location: str, *, in_place: bool) -> None:
         """`register` the latest version. Raises AlreadyLoadedError if there is such an adapter, unless `in_place`."""
-        if not in_place and self._registry.aliases(name):
+        if not in_place and self.exists(name):
             raise AlreadyLoadedError(
                 f"The lora adapter '{name.name}' has already been loaded. If you want to load the adapter in place, "
                 "set 'load_inplace' to True.",
                 param="lora_name",
             )
         self.register(name, location, DEFAULT_ALIAS)
+
+    def exists(self, name: AdapterName) -> bool:
+        """Whether an alias of the adapter means anything."""
+        return bool(self._registry.aliases(name))
 
     def move_alias(self, name: AdapterName, alias: str, selector: str) -> AliasRecord:
         """Let an alias mean the version that `selector` means now."""

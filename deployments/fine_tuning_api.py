@@ -10,11 +10,12 @@ from fastapi import APIRouter, Header, Query, Request
 
 from deployments import fine_tuning_examples as examples
 from deployments.api import Api, api_of, caller_of
-from deployments.errors import JobEndedError, NameTakenError
+from deployments.errors import AdminOnlyError, JobEndedError, NameTakenError
 from deployments.fine_tuning_schema import CreateJob
 from deployments.fine_tuning_views import checkpoints_view, events_view, job_view
 from deployments.query import check_query
 from storage.errors import InvalidRequestError, NotFoundError
+from storage.identity import AdapterName
 from training.service.job import FineTuningJob
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -29,9 +30,12 @@ async def create(
     body: CreateJob,
     idempotency_key: Annotated[str | None, Header(max_length=256)] = None,
 ) -> dict[str, Any]:
-    """Train an adapter. With an `Idempotency-Key`, the same request sent again is the same job."""
-    api, tenant = api_of(request), caller_of(request).tenant
-    training = api.training
+    """Train an adapter. With an `Idempotency-Key`, the same request sent again is the same job.
+
+    A user's key makes new adapters; a new version of one that exists needs an admin's.
+    """
+    api, caller = api_of(request), caller_of(request)
+    training, tenant = api.training, caller.tenant
     await _check_model(api, body.model, tenant)
     asked = body.request(tenant, api.base_id, training.base)
     if asked.suffix == api.base_id:
@@ -42,6 +46,9 @@ async def create(
             file_id = getattr(asked, param)
             if file_id is not None:
                 _check_file(api, tenant, file_id, param)
+        is_repeated = idempotency_key and training.records.has_request(tenant, idempotency_key)
+        if asked.suffix is not None and not caller.is_admin and not is_repeated:
+            _check_new(api, AdapterName(tenant, asked.suffix))
         return training.records.create(asked, time.time(), idempotency_key)
 
     job = await asyncio.to_thread(add)
@@ -126,6 +133,14 @@ async def _check_model(api: Api, model: str, tenant: str) -> None:
     raise InvalidRequestError(
         f"{model!r} is an adapter; training begins at the base model {api.base_id!r}", param="model"
     )
+
+
+def _check_new(api: Api, adapter: AdapterName) -> None:
+    if api.admin.exists(adapter):
+        raise AdminOnlyError(
+            f"the adapter {adapter.name!r} exists; training a new version of it needs an admin key",
+            param="suffix",
+        )
 
 
 def _check_file(api: Api, tenant: str, file_id: str, param: str) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from cluster.key_store import KeyStore
 from cluster.keys import new_key
+from storage.identity import AdapterName
+from storage.publishing import publish_adapter
 from storage.stores import open_store
 from tests.deployments.conftest import LocalServer, served
 from tests.deployments.world import BASE_ID, World, settings_for
@@ -203,10 +205,14 @@ def test_files_and_jobs_are_their_tenants_alone(
     world = World.create(tiny_llama_dir, values.model_copy(update={"training": small}))
     keys = KeyStore(open_store(world.settings.storage))
     made = [new_key(tenant, is_admin=False, created_s=1.0) for tenant in ("us", "them")]
+    made.append(new_key("us", is_admin=True, created_s=1.0))
     for one in made:
         keys.add(one.key)
+    publish_adapter(
+        world.registry, AdapterName("us", "served"), world.files(1, 0, "flora"), world.base
+    )
     with served(world, local_server.gateway) as (url, _):
-        us, them = (
+        us, them, our_admin = (
             openai.OpenAI(base_url=f"{url}/v1", api_key=one.token, max_retries=0) for one in made
         )
         file = us.files.create(file=("d.jsonl", LINES), purpose="fine-tune").id
@@ -227,6 +233,10 @@ def test_files_and_jobs_are_their_tenants_alone(
                 ask()
         with pytest.raises(openai.BadRequestError, match="does not exist"):
             create(them, file, "theirs")
+        # A user may not put another version where others ask for the one that is served.
+        with pytest.raises(openai.PermissionDeniedError, match="admin key"):
+            create(us, file, "served")
+        assert create(our_admin, file, "served").status == "validating_files"
         with pytest.raises(openai.APIStatusError, match="larger than") as caught:
             us.files.create(file=("d.jsonl", b"x" * (4 << 20)), purpose="fine-tune")
         assert caught.value.status_code == 413

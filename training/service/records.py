@@ -62,6 +62,10 @@ class JobRecords:
             return self.get(request.tenant, job_id)
         return job
 
+    def has_request(self, tenant: str, idempotency_key: str) -> bool:
+        """Whether a request came under this key before."""
+        return self._store.exists(_request(tenant, idempotency_key))
+
     def get(self, tenant: str, job_id: str) -> FineTuningJob:
         """Raises NotFoundError, also for another tenant's job."""
         found = self._find(tenant, job_id)
@@ -131,7 +135,7 @@ class JobRecords:
             yield tenant, name.removesuffix(".json")
 
     def _id_under_key(self, request: FineTuningRequest, job_id: str, key: str) -> str:
-        place = f"{_ROOT}/requests/{request.tenant}/{sha256_hex(key.encode())}.json"
+        place = _request(request.tenant, key)
         # A seed that was not asked for is drawn anew each time.
         digest = sha256_hex(canonical_json(request.model_dump(mode="json", exclude={"seed"})))
         try:
@@ -155,6 +159,10 @@ class JobRecords:
 def desk_folder(base_id: str) -> str:
     """Of the desk that sees to the jobs of one base."""
     return f"{_ROOT}/desks/{sha256_hex(base_id.encode())[:_DESK_DIGITS]}/"
+
+
+def _request(tenant: str, idempotency_key: str) -> str:
+    return f"{_ROOT}/requests/{tenant}/{sha256_hex(idempotency_key.encode())}.json"
 
 
 def _record(tenant: str, job_id: str) -> str:
