@@ -17,7 +17,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cli.console import AsJson, out, print_json, short
+from cli.adapter_outcomes import outcome_table
+from cli.console import AsJson, out, print_json
 from cli.running import find_running
 from cli.settings import RegistryOption, S3Endpoint, command_settings
 from cli.training_job import job_backend
@@ -119,7 +120,8 @@ def show(
         if values.get(name):
             out.print(f"{name.replace('_', ' ')}: {escape(str(values[name]))}", soft_wrap=True)
     out.print(f"began {_time(values['began_s'])}, last heard of {_time(values['told_s'])}")
-    out.print(_adapter_table(adapters))
+    shown = [curves.get(name, Curve(name)) for name in names]
+    out.print(outcome_table(shown, told.published, told.failed))
 
 
 @app.command()
@@ -281,28 +283,6 @@ def _adapter(name: str, told: JobReport, curve: Curve) -> dict[str, Any]:
         "version": told.published.get(name),
         "failed": told.failed.get(name),
     }
-
-
-def _adapter_table(adapters: list[dict[str, Any]]) -> Table:
-    table = Table("adapter", "steps", "first loss", "last loss", "course", "held out", "version")
-    for one in adapters:
-        outcome = short(one["version"]) if one["version"] else ""
-        if one["failed"]:
-            outcome = f"[red]{escape(one['failed'])}[/]"
-        table.add_row(
-            escape(one["adapter"]),
-            str(one["steps"]),
-            _loss(one["first_loss"]),
-            _loss(one["last_loss"]),
-            one["curve"],
-            _loss(one["held_out_loss"]),
-            outcome,
-        )
-    return table
-
-
-def _loss(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 def _status(status: str) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
+from cli.adapter_outcomes import outcome_table
 from cli.bases import find_base
-from cli.console import AsJson, err, out, print_json, short
+from cli.console import AsJson, err, out, print_json
 from cli.errors import EXIT_FAILED
 from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
@@ -22,7 +22,6 @@ from deployments.settings import Settings
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
 from training.backends import runs_elsewhere
-from training.learning_curve import Curve, sparkline
 from training.spec import TrainingSpec
 
 
@@ -139,26 +138,21 @@ def _tell(result: TrainingResult, as_json: bool, is_served: bool) -> None:
                 "seconds": round(result.seconds, 1),
                 "published": result.published,
                 "failed": result.failed,
-                "last_loss": {name: losses[-1] for name, losses in result.losses.items() if losses},
+                "last_loss": {
+                    curve.adapter: curve.losses[-1] for curve in result.curves if curve.losses
+                },
+                "held_out_loss": {
+                    curve.adapter: curve.held_out[-1][1]
+                    for curve in result.curves
+                    if curve.held_out
+                },
             }
         )
         return
-    table = Table(
-        "adapter", Column("version", no_wrap=True), "steps", "first loss", "last loss", "course"
-    )
-    for name, losses in result.losses.items():
-        version = result.published.get(name)
-        table.add_row(
-            name,
-            short(version) if version else f"[red]{result.failed.get(name, 'not finished')}[/]",
-            str(len(losses)),
-            f"{losses[0]:.3f}" if losses else "",
-            f"{losses[-1]:.3f}" if losses else "",
-            sparkline(Curve(name, tuple(enumerate(losses, 1)))),
-        )
-    out.print(table)
+    out.print(outcome_table(result.curves, result.published, result.failed))
     out.print(
-        f"{result.seconds:.0f} s · job {result.job_id}; see: flora jobs show {result.job_id}",
+        f"{result.seconds:.0f} s · job {result.job_id}\n"
+        f"Its losses as a picture:\n  flora jobs show {result.job_id} --picture loss.png",
         soft_wrap=True,
     )
     if is_served and result.published:

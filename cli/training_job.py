@@ -15,6 +15,7 @@ from storage.stores import open_store, open_store_to_read
 from training.backend import JobBackend, JobInfo, JobStatus
 from training.job_reports import cancel_job
 from training.job_store import JobStore
+from training.learning_curve import Curve
 from training.spec import TrainingSpec
 
 _POLL_S = 0.5
@@ -24,12 +25,12 @@ _LOG_LINES = 15
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """What became of a job: versions of what was published, reasons of what failed, losses, by adapter."""
+    """What became of a job: versions of what was published, reasons of what failed, by adapter; their curves."""
 
     job_id: str
     published: dict[str, str]
     failed: dict[str, str]
-    losses: dict[str, list[float]]
+    curves: tuple[Curve, ...]
     seconds: float
 
 
@@ -89,7 +90,7 @@ def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResu
         job_id,
         progress.published,
         progress.failed,
-        progress.losses,
+        progress.curves,
         time.monotonic() - started_s,
     )
 

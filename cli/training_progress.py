@@ -7,9 +7,11 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from cli.console import short
 from training.events import (
+    AdapterEvaluated,
     AdapterFailed,
     AdapterFinished,
     AdapterPublished,
@@ -20,6 +22,7 @@ from training.events import (
     JobStarted,
     TrainingEvent,
 )
+from training.learning_curve import Curve, CurveBook
 
 
 class TrainingProgress:
@@ -28,7 +31,6 @@ class TrainingProgress:
     Attributes:
         published: adapter → version, of those that are done.
         failed: adapter → reason.
-        losses: adapter → the losses of its steps, in order.
         is_over: the job told its end.
         failure: why the job as a whole did not run to its end, if so.
     """
@@ -36,16 +38,18 @@ class TrainingProgress:
     def __init__(self, console: Console) -> None:
         self.published: dict[str, str] = {}
         self.failed: dict[str, str] = {}
-        self.losses: dict[str, list[float]] = {}
         self.is_over = False
         self.failure: str | None = None
         self._console = console
+        self._book = CurveBook()
         self._bars = Progress(
             TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]:<13}"),
-            TextColumn("{task.fields[state]}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[loss]:<11}"),
+            TextColumn("{task.fields[held_out]}"),
+            # What a narrow terminal folds, so that the figures stay whole.
+            TextColumn("{task.fields[state]}", table_column=Column(overflow="fold")),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -64,17 +68,18 @@ class TrainingProgress:
 
     def show(self, event: TrainingEvent) -> None:
         """Take in one event. A repeated step, after a resume, replaces the earlier one."""
+        self._book.add(event)
         match event:
             case JobStarted():
                 for adapter in event.adapters:
                     self._task(adapter)
             case AdapterStarted():
                 state = f"[dim]{event.family}, rank {event.rank}[/]"
-                self.losses[event.adapter] = self.losses.get(event.adapter, [])[: event.step]
                 self._update(event.adapter, total=event.steps, completed=event.step, state=state)
             case AdapterStep():
-                self.losses.setdefault(event.adapter, []).append(event.loss)
                 self._update(event.adapter, completed=event.step, loss=f"loss {event.loss:.4f}")
+            case AdapterEvaluated():
+                self._update(event.adapter, held_out=f"held out {event.loss:.4f}")
             case AdapterFinished():
                 self._update(event.adapter, state=f"{event.reason}; publishing")
             case AdapterPublished():
@@ -92,10 +97,15 @@ class TrainingProgress:
                 self.is_over = True
                 self.failure = event.reason
 
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        """The losses so far, in the order in which the job named its adapters."""
+        return self._book.curves
+
     def _task(self, adapter: str) -> TaskID:
         if adapter not in self._tasks:
             self._tasks[adapter] = self._bars.add_task(
-                adapter, total=None, loss="", state="waiting"
+                adapter, total=None, loss="", held_out="", state="waiting"
             )
         return self._tasks[adapter]
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cli.training_progress import TrainingProgress
 from training.events import (
+    AdapterEvaluated,
     AdapterFailed,
     AdapterPublished,
     AdapterStarted,
@@ -17,6 +18,7 @@ from training.events import (
     JobStarted,
     TrainingEvent,
 )
+from training.learning_curve import Curve
 
 VERSION = "ab" * 32
 
@@ -30,10 +32,10 @@ def started(adapter: str, at: int = 0) -> AdapterStarted:
 
 
 def progress_of(
-    events: list[TrainingEvent], is_terminal: bool = True
+    events: list[TrainingEvent], is_terminal: bool = True, width: int = 120
 ) -> tuple[TrainingProgress, str]:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=is_terminal, width=120)
+    console = Console(file=file, force_terminal=is_terminal, width=width)
     with TrainingProgress(console) as progress:
         for event in events:
             progress.show(event)
@@ -51,7 +53,15 @@ def test_steps_told_again_after_a_resume_count_once() -> None:
     events = [started("red"), *(step("red", n, 3.0) for n in (1, 2, 3))]
     events += [started("red", at=1), step("red", 2, 2.0)]
     progress, _ = progress_of(events)
-    assert progress.losses == {"red": [3.0, 2.0]}
+    assert progress.curves == (Curve("red", ((1, 3.0), (2, 2.0))),)
+
+
+def test_held_out_losses_are_shown_beside_those_of_training() -> None:
+    events = [started("red"), step("red", 1, 2.5), AdapterEvaluated("red", 1, 2.75)]
+    events += [AdapterPublished("red", VERSION, "latest")]
+    for width in (120, 80):
+        _, seen = progress_of(events, width=width)
+        assert "1/4" in seen and "loss 2.5000" in seen and "held out 2.7500" in seen
 
 
 def test_what_became_of_each_adapter_is_kept() -> None:
