@@ -33,7 +33,8 @@ def cancel(world: World, job: FineTuningJob) -> None:
     world.records.change(job, lambda current: current.cancelled(world.clock()))
 
 
-def test_jobs_that_come_within_a_moment_train_together(world: World) -> None:
+def test_jobs_that_come_within_a_moment_train_together(store: ObjectStore) -> None:
+    world = World(store)
     one = world.create("one")
     world.tick()
     assert statuses(world, one) == [QUEUED]
