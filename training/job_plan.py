@@ -27,6 +27,7 @@ from training.job_memory import trainer_limits
 from training.spec import AdapterSpec, TrainingSpec
 from training.tokens import TokenisedSet, tokenise
 from workers.models.loading import find_base, load_config, load_tokenizer
+from workers.row_form.cost import training_cost
 
 
 @dataclass(frozen=True)
@@ -81,18 +82,21 @@ def plan_job(
         adapter.name: adapter.num_steps(len(data[adapter.name].training))
         for adapter in spec.adapters
     }
+    dtype = getattr(torch, spec.dtype)
     costs = {
-        adapter.name: adapter_cost(adapter, data[adapter.name], num_steps[adapter.name])
+        adapter.name: adapter_cost(adapter, data[adapter.name], num_steps[adapter.name], dtype)
         for adapter in spec.adapters
     }
-    trainer_limits(config, spec.adapters, data, getattr(torch, spec.dtype), settings)
+    trainer_limits(config, spec.adapters, data, dtype, settings)
     return JobPlan(spec, base, data, num_steps, costs)
 
 
-def adapter_cost(spec: AdapterSpec, data: AdapterData, num_steps: int) -> float:
-    """Base-GEMM rows of the whole training: tokens × (1 + rank)."""
+def adapter_cost(spec: AdapterSpec, data: AdapterData, num_steps: int, dtype: torch.dtype) -> float:
+    """Of the whole training, in base-GEMM rows as `CostModel` counts them. What LoRA's thin rows cost is left out."""
     tokens = sum(len(sequence.tokens) for sequence in data.training) / len(data.training)
-    return tokens * spec.batch_size * num_steps * (1 + spec.rank)
+    num_mul = spec.rank if spec.family == "flora" else 0
+    cost = training_cost(dtype)
+    return num_steps * cost.rows(round(tokens * spec.batch_size), num_mul, spec.offset)
 
 
 def _adapter_data(

@@ -1,6 +1,7 @@
 """A job's rounds, as each of its workers goes through them: train a share, save it, agree that the round counts.
 
 Every worker goes through every round, also one that has nothing to train: a round counts when all have saved theirs.
+A round is as much work for each: who has cheaper steps takes more of them, or all would wait for the slowest each time.
 At its border the work that is left is shared out again if somebody would run dry. Knows nothing of Ray.
 """
 
@@ -25,6 +26,9 @@ from training.sharing import Shares, share_again
 from training.spec import AdapterSpec
 
 T = TypeVar("T")
+
+_MOST_STEPS = 4
+"""A worker takes at most so many times the steps that it was asked to: costs are estimates."""
 
 logger = logging.getLogger("flora.training")
 
@@ -61,6 +65,9 @@ class ShareTrainer(Protocol):
     @property
     def is_done(self) -> bool: ...
 
+    @property
+    def places(self) -> int: ...
+
     def step(self) -> None: ...
 
     def stop(self, adapter: str, reason: str) -> None: ...
@@ -78,7 +85,7 @@ class Work:
         digest: of what is trained.
         costs: of each adapter's whole training, in any unit.
         num_steps: of each adapter.
-        steps_of_round: optimizer steps between two checkpoints.
+        steps_of_round: optimizer steps between two checkpoints, for the worker whose steps cost most.
     """
 
     digest: str
@@ -96,6 +103,15 @@ class Work:
             for name, cost in self.costs.items()
             if not commit.is_over(name)
         }
+
+    def cost_of_step(self, trainer: ShareTrainer) -> float:
+        """Of one that all its places take part in."""
+        costs = (
+            self.costs[run.name] / self.num_steps[run.name]
+            for run in trainer.runs
+            if not run.is_over
+        )
+        return sum(sorted(costs, reverse=True)[: trainer.places])
 
     def _steps_done(self, name: str, commit: Commit) -> int:
         return commit.adapters[name].step if name in commit.adapters else 0
@@ -139,11 +155,16 @@ def train_in_rounds(
                 trainer = build(share)
                 _restore(trainer, commit, checkpoints)
                 _publish_again(trainer, checkpoints.finished_adapters(), publish_again, tell)
+        if trainer is not None:
+            _stop_cancelled(trainer, job)
+        cost = 0.0 if trainer is None else work.cost_of_step(trainer)
+        dearest = max(peers.gather(cost))
         began_s = clock()
         saved: dict[str, SavedAdapter] = {}
         if trainer is not None:
-            _stop_cancelled(trainer, job)
-            saved = _round(trainer, work, commit, checkpoints)
+            ratio = min(dearest / cost, _MOST_STEPS) if cost else 0
+            steps = round(work.steps_of_round * ratio)
+            saved = _round(trainer, steps, commit, checkpoints)
         tell.flush()  # what the commit rests on is told for good
         seconds = clock() - began_s
         told = peers.gather((saved, seconds))
@@ -187,9 +208,9 @@ def _stop_cancelled(trainer: ShareTrainer, job: JobStore) -> None:
 
 
 def _round(
-    trainer: ShareTrainer, work: Work, commit: Commit, checkpoints: Checkpoints
+    trainer: ShareTrainer, steps: int, commit: Commit, checkpoints: Checkpoints
 ) -> dict[str, SavedAdapter]:
-    for _ in range(work.steps_of_round):
+    for _ in range(steps):
         if trainer.is_done:
             break
         trainer.step()

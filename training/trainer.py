@@ -96,6 +96,11 @@ class MultiAdapterTrainer:
         self._best: dict[int, Weights] = {}  # of the adapters that publish their best step
 
     @property
+    def places(self) -> int:
+        """How many adapters can train at a time."""
+        return self.rows.max_resident
+
+    @property
     def is_done(self) -> bool:
         return all(run.is_over for run in self.runs)
 

@@ -33,12 +33,19 @@ class CostModel:
     """From this many tokens on, add rows are two thin products rather than gathered rows."""
 
     def prefers_weight_mode(self, num_tokens: int, num_mul: int, offset: int) -> bool:
-        if num_mul == 0:
-            return False
-        row_mode = num_tokens * (num_mul + offset)
+        return num_mul > 0 and self._weight_mode(num_tokens, num_mul) < num_tokens * (
+            num_mul + offset
+        )
+
+    def rows(self, num_tokens: int, num_mul: int, offset: int) -> float:
+        """What a run takes in the mode it is computed in, of `mul` rows and the base's own."""
+        if self.prefers_weight_mode(num_tokens, num_mul, offset):
+            return self._weight_mode(num_tokens, num_mul)
+        return float(num_tokens * (num_mul + offset))
+
+    def _weight_mode(self, num_tokens: int, num_mul: int) -> float:
         products = self.product_row + (0.0 if self.merged else 1.0)
-        build = self.build_rows + self.build_rows_per_rank * num_mul
-        return num_tokens * products + build < row_mode
+        return num_tokens * products + self.build_rows + self.build_rows_per_rank * num_mul
 
     def prefers_thin_product(self, num_tokens: int, num_add: int) -> bool:
         return num_add > 0 and num_tokens >= self.thin_product_tokens

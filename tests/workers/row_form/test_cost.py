@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from workers.row_form.base_linear import serving_linear
-from workers.row_form.cost import ROW_MODE
+from workers.row_form.cost import ROW_MODE, training_cost
 from workers.row_form.cost_measurement import measure_cost
 
 
@@ -28,3 +28,11 @@ def test_what_is_measured_tells_single_tokens_from_long_runs_of_high_rank() -> N
 def test_a_product_that_takes_add_rows_one_by_one_is_never_offered_thin_ones() -> None:
     cost = measure_cost(serving_linear(torch.randn(64, 32)), thin_products=False)
     assert not cost.prefers_thin_product(num_tokens=100_000, num_add=64)
+
+
+def test_a_run_is_counted_in_the_mode_it_is_computed_in() -> None:
+    cost = training_cost(torch.float32)
+    assert cost.rows(4, num_mul=2, offset=1) == 12
+    assert cost.rows(7, num_mul=0, offset=1) == 7
+    assert cost.rows(512, num_mul=16, offset=1) < 1.1 * cost.rows(512, num_mul=1, offset=1)
+    assert ROW_MODE.rows(512, num_mul=16, offset=1) == 512 * 17
