@@ -2,7 +2,7 @@
 
 Counted: the process before it loads anything, the frozen base, rows with gradient and AdamW's two moments, what an
 update of them makes on the way, what a forward keeps for its backward, the logits of one chunk, and the scratch of
-weight mode. `benchmarks/training_memory.py` holds the sum to what real steps take.
+weight mode, and something to spare. `benchmarks/training_memory.py` holds the sum to what real steps take.
 
 Shape legend: I input features, O output features.
 """
@@ -21,13 +21,15 @@ from training.kept_bytes import kept_bytes_per_token, row_bytes_per_token
 from training.row_room import RowLayouts, RowRoom
 from workers.row_form.weight_product import scratch_bound
 
-PROCESS_BYTES = 450 << 20
+PROCESS_BYTES = 512 << 20
 """Python with torch and transformers. (A GPU's context is about as large.)"""
 FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
+SLACK = 0.25
+"""Of what comes and goes: what an allocator cannot use, and attention's padding. Measured: 0.12 to 0.2."""
 _OF_A_ROW = 4  # weight, gradient, two moments
 _OF_AN_UPDATE = 6  # tensors of the largest width's rows that exist at once
-_OF_LOGITS = 3  # logits, their exponentials, their gradient
+_OF_LOGITS = 2  # beside those in the base's type: their exponentials, their gradient
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,13 @@ class StepBytes:
     scratch: int
 
     @property
+    def slack(self) -> int:
+        return round(SLACK * (self.rows + self.activations + self.logits + self.scratch))
+
+    @property
     def total(self) -> int:
-        return self.process + self.base + self.rows + self.activations + self.logits + self.scratch
+        step = self.rows + self.activations + self.logits + self.scratch + self.slack
+        return self.process + self.base + step
 
     def __str__(self) -> str:
         parts = (
@@ -78,6 +85,7 @@ class StepBytes:
             f"{_mebibytes(self.activations)} for activations",
             f"{_mebibytes(self.logits)} for logits",
             f"{_mebibytes(self.scratch)} for scratch",
+            f"{_mebibytes(self.slack)} to spare",
         )
         return f"{_mebibytes(self.total)}: " + ", ".join(parts)
 
@@ -125,7 +133,7 @@ def step_bytes(
         base=base.parameters * base.dtype.itemsize,
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
         activations=kept.of(step_tokens, checkpointed=checkpoint),
-        logits=chunk * (base.dtype.itemsize + (_OF_LOGITS - 1) * wide.itemsize),
+        logits=chunk * (base.dtype.itemsize + _OF_LOGITS * wide.itemsize),
         # M, its gradient's, W0 beside them; or the rows of one projection.
         scratch=max(3 * scratch_bound(base.projections, 1, wide), step_tokens * in_rows),
     )
