@@ -41,6 +41,8 @@ app = typer.Typer(
 JobId = Annotated[str, typer.Argument(help="A training job's id, or a fine-tuning job's.")]
 
 _POLL_S = 1.0
+_SILENT_S = 600.0
+"""A driver that was killed tells no end. What runs and told nothing for so long is said to be silent."""
 _COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
@@ -74,7 +76,9 @@ def ls(
     table = Table(Column("job", no_wrap=True), "status", "adapters", "began")
     for row in rows:
         names = ", ".join(row["adapters"][:4]) + (" …" if len(row["adapters"]) > 4 else "")
-        table.add_row(row["job"], _status(row["status"]), escape(names), _time(row["began_s"]))
+        table.add_row(
+            row["job"], _status(row["status"]) + _silence(row), escape(names), _time(row["began_s"])
+        )
     out.print(table)
 
 
@@ -245,6 +249,7 @@ def _row_of_training(told: JobReport) -> dict[str, Any]:
         "status": told.status.value,
         "adapters": list(told.adapters),
         "began_s": told.began_s,
+        "told_s": told.told_s,
     }
 
 
@@ -254,6 +259,7 @@ def _row_of_fine_tuning(job: FineTuningJob) -> dict[str, Any]:
         "status": job.status.value,
         "adapters": [job.name],
         "began_s": job.created_s,
+        "told_s": None,
     }
 
 
@@ -288,6 +294,13 @@ def _adapter(name: str, told: JobReport, curve: Curve) -> dict[str, Any]:
 def _status(status: str) -> str:
     colour = _COLOURS.get(status)
     return status if colour is None else f"[{colour}]{status}[/]"
+
+
+def _silence(row: dict[str, Any]) -> str:
+    if row["status"] != "running" or row["told_s"] is None:
+        return ""
+    silent_s = time.time() - row["told_s"]
+    return f" [dim](silent for {silent_s / 60:.0f} min)[/]" if silent_s > _SILENT_S else ""
 
 
 def _time(at_s: float) -> str:

@@ -80,16 +80,19 @@ def report(job_id: str, events: Iterable[TrainingEvent], began_s: float = 0.0) -
 
 
 def newest_jobs(store: ObjectStore, limit: int) -> list[JobReport]:
-    """So many jobs, newest first, from what their drivers told."""
+    """So many jobs, newest first, from what their drivers told, and when anything of them was last written."""
     began: dict[str, float] = {}
+    written: dict[str, float] = {}
     for one in store.list("jobs/"):
         job_id = one.key.split("/")[1]
         began[job_id] = min(began.get(job_id, one.modified_s), one.modified_s)
+        written[job_id] = max(written.get(job_id, 0.0), one.modified_s)
     newest = sorted(began, key=lambda job_id: (-began[job_id], job_id))[:limit]
 
     def read(job_id: str) -> JobReport:
         events = JobStore(store, job_id).read_events(writer=DRIVER).events
-        return report(job_id, events, began[job_id])
+        told = report(job_id, events, began[job_id])
+        return replace(told, told_s=max(told.told_s, written[job_id]))
 
     return parallel(read, newest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,18 @@ def run_job(store: ObjectStore, job_id: str, *adapters: str, is_killed: bool = F
             worker(AdapterPublished(name, VERSION, "latest"))
         if not is_killed:
             driver(JobFinished(job_id, adapters, ()))
+
+
+def test_a_job_whose_driver_was_killed_is_seen_to_be_silent(
+    flora: Flora, store: ObjectStore, home: Path
+) -> None:
+    long_ago = time.time() - 3600
+    with JobStore(store, "dead").writer("driver", lambda: long_ago) as driver:
+        driver(JobStarted("dead", ("red",), 1))
+    assert "silent" not in flora("jobs", "ls").stdout, "what was just written is not silent"
+    for file in (home / "registry/jobs/dead").rglob("*.jsonl"):
+        os.utime(file, (long_ago, long_ago))
+    assert "silent for 60 min" in flora("jobs", "ls").stdout
 
 
 def fine_tuned(store: ObjectStore) -> tuple[World, FineTuningJob, FineTuningJob]:
