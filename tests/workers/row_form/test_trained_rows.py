@@ -17,6 +17,7 @@ from tests.workers.row_form.mixed_layers import (
     MIXED_MODES,
     ROW_MODE,
     SEGMENTS,
+    WEIGHT_MODE,
     MixedLayers,
     mixed_layers,
 )
@@ -123,6 +124,25 @@ def test_compiled_loops_equal_autograd_in_float64(
         for name, one, other in zip(NAMES, found, expected, strict=True):
             scale = float(other.abs().max()) + 1e-3
             assert float((one - other).abs().max()) <= bound * scale, name
+
+
+@given(mixed=mixtures(torch.float32))
+@settings(max_examples=30, deadline=None)
+def test_weight_mode_over_a_bfloat16_base_has_the_gradients_of_float64(mixed: MixedLayers) -> None:
+    """Rows are float32; its products and what they are made of are bfloat16."""
+    dtype = torch.bfloat16
+    exact = replace(
+        mixed,
+        x={path: x.to(dtype).double() for path, x in mixed.x.items()},
+        layers={
+            p: DenseLinear(one.weight_OI.to(dtype).double()) for p, one in mixed.layers.items()
+        },
+    )
+    for path in SHAPES:
+        expected = forward_and_backward(exact, path, ROW_MODE, adapted_product, torch.float64)
+        found = forward_and_backward(mixed, path, WEIGHT_MODE, adapted_product, dtype)
+        for name, one, other in zip(NAMES, found, expected, strict=True):
+            assert float((one - other).norm()) <= 2e-2 * (float(other.norm()) + 1e-3), name
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
