@@ -117,6 +117,7 @@ def serve(directory: Path, tell: Connection) -> None:
             models=models,
             admin=unused,
             uploads=unused,
+            training=unused,
             cluster_state=unused,
             metrics=Metrics(view),
         )
