@@ -58,7 +58,7 @@ class Sizes:
     peft: bool = True
 
 
-QUICK = Sizes(adapters=(8,), tokens=(32, 128), rank_tokens=128)
+QUICK = Sizes(adapters=(8,), tokens=(32, 128))
 
 
 def measure(
