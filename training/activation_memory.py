@@ -1,4 +1,4 @@
-"""What a forward keeps for its backward, measured on the model itself by two short forwards of one adapter.
+"""What a forward keeps for its backward, measured on the model itself by a short forward of one adapter.
 
 It is linear in the tokens of the stream: attention keeps no scores, and logits are made in chunks.
 """
@@ -18,7 +18,7 @@ from training.spec import AdapterSpec
 from training.tokens import TokenSequence
 from training.trainable_rows import TrainableRows
 
-_PROBE_TOKENS = 64
+_PROBE_SEQUENCES, _PROBE_TOKENS = 2, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,24 @@ def measure_activations(base: FrozenBase, spec: AdapterSpec) -> ActivationBytes:
     layouts = row_layouts(spec, projections, base.layers.biases)
     rows = TrainableRows(base.layers, [layouts], 1, dtype, base.device)
     rows.admit(0, initial_rows(spec, projections, dtype))
-    # What does not grow with the tokens was there before: weights and rows.
-    few, many = (_kept_bytes(base, rows, times * _PROBE_TOKENS) for times in (1, 2))
-    per_token = -(-(many - few) // _PROBE_TOKENS)
+    per_token = -(-_kept_bytes(base, rows) // (_PROBE_SEQUENCES * _PROBE_TOKENS))
     boundaries = base.num_layers * base.hidden_size * base.dtype.itemsize
     return ActivationBytes(per_token, boundaries + -(-per_token // base.num_layers))
 
 
-def _kept_bytes(base: FrozenBase, rows: TrainableRows, num_tokens: int) -> int:
-    """Of all storages that the backward of a forward would read."""
+def _kept_bytes(base: FrozenBase, rows: TrainableRows) -> int:
+    """Of all storages that the backward of a forward would read, but for weights and rows."""
     tokens = TokenSequence((0,) * (_PROBE_TOKENS + 1), (True,) * (_PROBE_TOKENS + 1))
-    owned = [OwnedSequence(0, rows.slot_of(0), tokens)] * (num_tokens // _PROBE_TOKENS)
+    owned = [OwnedSequence(0, rows.slot_of(0), tokens)] * _PROBE_SEQUENCES
     packed = pack(owned, rows.bank.resident_slots, base.device)
+    lasting = [*base.weights(), *(block.weight_KW for block in rows.blocks.values())]
+    places = {tensor.untyped_storage().data_ptr() for tensor in lasting}
     kept: dict[int, Tensor] = {}  # by address; held, or an address might come twice
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        place = tensor.untyped_storage().data_ptr()
+        if place not in places:
+            kept[place] = tensor.detach()
         return tensor
 
     base.layers.begin_step(packed.plan)

@@ -5,6 +5,7 @@ Shape legend: T tokens of the stream, L positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,6 +81,12 @@ class FrozenBase:
     @property
     def hidden_size(self) -> int:
         return int(self._decoder.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    def weights(self) -> Iterator[Tensor]:
+        """All tensors that were there before any step."""
+        yield from self._decoder.parameters()
+        yield from self._decoder.buffers()
+        yield from map(self.layers.base_weight, self.layers.layers)
 
     def keeping_activations(self) -> AbstractContextManager[None]:
         """Around forwards that are to keep them, whatever the base was adopted for."""
