@@ -25,6 +25,8 @@ PROCESS_BYTES = 512 << 20
 """Python with torch and transformers. (A GPU's context is about as large.)"""
 FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
+BACKWARD = 1.4
+"""What activations take at the peak, beside what a forward keeps: their gradients on the way. Measured: 1.3 to 1.4."""
 SLACK = 0.25
 """Of what comes and goes: what an allocator cannot use, and attention's padding. Measured: 0.12 to 0.2."""
 _OF_A_ROW = 4  # weight, gradient, two moments
@@ -132,7 +134,7 @@ def step_bytes(
         process=PROCESS_BYTES,
         base=base.parameters * base.dtype.itemsize,
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
-        activations=kept.of(step_tokens, checkpointed=checkpoint),
+        activations=round(BACKWARD * kept.of(step_tokens, checkpointed=checkpoint)),
         logits=chunk * (base.dtype.itemsize + _OF_LOGITS * wide.itemsize),
         # M, its gradient's, W0 beside them; or the rows of one projection.
         scratch=max(3 * scratch_bound(base.projections, 1, wide), step_tokens * in_rows),

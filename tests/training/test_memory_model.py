@@ -20,6 +20,7 @@ from training.frozen_base import FrozenBase
 from training.initial_rows import initial_rows, row_layouts
 from training.job_memory import FittedBase, adapter_needs, base_shape, memory_budget
 from training.memory_model import (
+    BACKWARD,
     AdapterNeeds,
     StepBytes,
     StepLimits,
@@ -97,7 +98,7 @@ def test_with_enough_memory_all_train_at_once_in_long_forwards() -> None:
 
 def test_with_less_memory_adapters_wait_and_forwards_are_shorter() -> None:
     adapters = [needs(f"a{n}") for n in range(30)]
-    found = [planned(adapters, budget=gib * GIBIBYTE, checkpoint=False) for gib in (8, 16, 32, 256)]
+    found = [planned(adapters, budget=gib * GIBIBYTE, checkpoint=False) for gib in (8, 32, 64, 512)]
     residents = [one.max_resident for one in found]
     assert residents == sorted(residents)
     assert residents[0] < 30 == residents[-1]
@@ -262,5 +263,5 @@ def test_a_base_is_fitted_by_what_was_measured_on_it(wanted: bool | str) -> None
     assert limits.checkpoint_activations is (wanted is True)
     assert limits.max_resident == 1
     kept = measure_activations(fitted.base, run.spec)
-    expected = kept.of(limits.max_step_tokens, checkpointed=wanted is True)
-    assert limits.needs.activations == expected
+    expected = BACKWARD * kept.of(limits.max_step_tokens, checkpointed=wanted is True)
+    assert limits.needs.activations == round(expected)
