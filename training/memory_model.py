@@ -21,8 +21,8 @@ from training.kept_bytes import kept_bytes_per_token, row_bytes_per_token
 from training.row_room import RowLayouts, RowRoom
 from workers.row_form.weight_product import scratch_bound
 
-PROCESS_BYTES = 512 << 20
-"""Python with torch and transformers. (A GPU's context is about as large.)"""
+PROCESS_BYTES = 640 << 20
+"""Python with torch and transformers, and what they hold once they compute; a GPU's context takes about as much."""
 FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
 BACKWARD = 1.4
@@ -31,7 +31,7 @@ SLACK = 0.25
 """Of what comes and goes: what an allocator cannot use, and attention's padding. Measured: 0.12 to 0.2."""
 _OF_A_ROW = 4  # weight, gradient, two moments
 _OF_AN_UPDATE = 6  # tensors of the largest width's rows that exist at once
-_OF_LOGITS = 2  # beside those in the base's type: their exponentials, their gradient
+_OF_LOGITS = 3  # beside those in the base's type: their logarithms, and a gradient of each
 
 
 @dataclass(frozen=True)
