@@ -27,6 +27,8 @@ FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
 BACKWARD = 1.4
 """What activations take at the peak, beside what a forward keeps: their gradients on the way. Measured: 1.3 to 1.4."""
+PROBE_TOKENS = 128
+"""Of the forward that measures activations; allocators do not give back what it kept."""
 SLACK = 0.25
 """Of what comes and goes: what an allocator cannot use, and attention's padding. Measured: 0.12 to 0.2."""
 _OF_A_ROW = 4  # weight, gradient, two moments
@@ -134,7 +136,10 @@ def step_bytes(
         process=PROCESS_BYTES,
         base=base.parameters * base.dtype.itemsize,
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
-        activations=round(BACKWARD * kept.of(step_tokens, checkpointed=checkpoint)),
+        activations=max(
+            round(BACKWARD * kept.of(step_tokens, checkpointed=checkpoint)),
+            kept.of(PROBE_TOKENS, checkpointed=False),
+        ),
         logits=chunk * (base.dtype.itemsize + _OF_LOGITS * wide.itemsize),
         # M, its gradient's, W0 beside them; or the rows of one projection.
         scratch=max(3 * scratch_bound(base.projections, 1, wide), step_tokens * in_rows),
