@@ -36,6 +36,8 @@ TURN_SHARE = 0.02
 USUAL_TURN_S = 0.2
 """Seconds a request stays at a replica, until this router has seen some."""
 MAX_UNDER_WAY = 10_000
+LONGEST_TURN_S = MEMORY_S / math.log(2)
+"""What a request is charged with at most, when it ends: a longer one's first seconds would have faded by then."""
 
 
 @dataclass(slots=True)
@@ -148,7 +150,7 @@ class Routing:
         ended = self._leave(request_id)
         if ended is None:
             return
-        took_s = self._clock() - ended.since_s
+        took_s = min(self._clock() - ended.since_s, LONGEST_TURN_S)
         turn_work = self._turn_work or ended.work
         self._turn_s += TURN_SHARE * (took_s - self._turn_s)
         self._turn_work = turn_work + TURN_SHARE * (ended.work - turn_work)

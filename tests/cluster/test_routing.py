@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -210,3 +213,28 @@ def test_who_was_busy_for_long_gives_way_to_who_is_busy_just_now() -> None:
     routing.choose("just now", "b", 10.0)
     table = replace(table, replicas=dict(table.replicas))
     assert routing.best(ONE, ["a", "b"], table) == ["b"]
+
+
+def test_the_end_of_a_long_stream_does_not_count_as_work_of_just_now() -> None:
+    clock = ManualClock()
+    routing = Routing(clock, random.Random(1))
+    routing.choose("long", "a", 1.0)
+    running = Counter(["a"])
+    ends = [(clock.now_s + 120.0, "long", "a")]
+    to_a = 0
+    for number in range(20 * 130):  # 20 requests of a second each, every second
+        while ends[0][0] <= clock.now_s:
+            _, name, replica_id = heapq.heappop(ends)
+            routing.finish(name)
+            running[replica_id] -= 1
+        if number % 10 == 0:
+            table = PlacementTable(
+                replicas={one: ReplicaLoad(running[one], slots=64, load_s=0.1) for one in "abcd"}
+            )
+        (best, *_) = routing.order(None, "abcd", table)
+        routing.choose(str(number), best, 1.0)
+        running[best] += 1
+        heapq.heappush(ends, (clock.now_s + 1.0, str(number), best))
+        to_a += best == "a" and number >= 20 * 120
+        clock.advance(0.05)
+    assert 35 <= to_a <= 65, "of the 200 after its end, for one of four"
