@@ -45,7 +45,8 @@ class AdapterRun:
     loss: float = math.nan
     best_held_out: float = math.inf
     best_step: int = 0  # of that loss
-    evaluations_since_best: int = 0
+    loss_to_beat: float = math.inf  # by `min_improvement`, or patience wears
+    evaluations_without_improvement: int = 0
     outcome: str = ""  # the published version, or why it failed
 
     def __post_init__(self) -> None:
@@ -84,13 +85,16 @@ class AdapterRun:
 
     def note_held_out(self, loss: float) -> bool:
         """Take down an evaluation; says whether it is time to stop early."""
+        if loss < self.best_held_out:
+            self.best_held_out, self.best_step = loss, self.step
         rule = self.spec.early_stop
-        needed = rule.min_improvement if rule is not None else 0.0
-        if loss < self.best_held_out - needed:
-            self.best_held_out, self.best_step, self.evaluations_since_best = loss, self.step, 0
+        if rule is None:
+            return False
+        if loss < self.loss_to_beat - rule.min_improvement:
+            self.loss_to_beat, self.evaluations_without_improvement = loss, 0
         else:
-            self.evaluations_since_best += 1
-        return rule is not None and self.evaluations_since_best >= rule.patience
+            self.evaluations_without_improvement += 1
+        return self.evaluations_without_improvement >= rule.patience
 
     @property
     def keeps_best(self) -> bool:
@@ -106,7 +110,8 @@ class AdapterRun:
             "loss": self.loss,
             "best_held_out": self.best_held_out,
             "best_step": self.best_step,
-            "evaluations_since_best": self.evaluations_since_best,
+            "loss_to_beat": self.loss_to_beat,
+            "evaluations_without_improvement": self.evaluations_without_improvement,
             "outcome": self.outcome,
         }
 
@@ -119,7 +124,8 @@ class AdapterRun:
         self.loss = state["loss"]
         self.best_held_out = state["best_held_out"]
         self.best_step = state["best_step"]
-        self.evaluations_since_best = state["evaluations_since_best"]
+        self.loss_to_beat = state["loss_to_beat"]
+        self.evaluations_without_improvement = state["evaluations_without_improvement"]
         self.outcome = state["outcome"]
 
 

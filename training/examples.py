@@ -2,7 +2,7 @@
 
     chat        {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
     completion  {"prompt": …, "completion": …}        raw text, no template
-    alpaca      {"instruction": …, "input": …, "output": …}
+    alpaca      {"instruction": …, "input": …, "output": …}        input may be empty, null or left out
 
 Other keys of a line are the author's own and are left alone. Knows nothing of tokens.
 """
@@ -118,7 +118,8 @@ def _example(values: dict[str, Any], line_format: str, place: str) -> Example:
         )
     if line_format == "alpaca":
         question = _text(values["instruction"], place, "instruction")
-        context = _text(values.get("input") or "", place, "input", may_be_empty=True)
+        context = values.get("input")
+        context = "" if context is None else _text(context, place, "input", may_be_empty=True)
         return ChatExample(
             (
                 Message("user", f"{question}\n\n{context}" if context else question),

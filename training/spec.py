@@ -52,7 +52,7 @@ class EarlyStop(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     patience: int = Field(default=3, ge=1)
-    min_improvement: float = Field(default=0.0, ge=0)
+    min_improvement: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class AdapterSpec(BaseModel):
@@ -108,7 +108,9 @@ class AdapterSpec(BaseModel):
         default=1.0, gt=0, description="Largest norm of the adapter's gradient; null: no clipping."
     )
     steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0, description="3 if steps is unset too.")
+    epochs: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="3 if steps is unset too."
+    )
     evaluation: Evaluation | None = None
     early_stop: EarlyStop | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="The job's if unset.")

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from storage.config import StorageSettings
@@ -24,47 +23,7 @@ from storage.errors import SpecificationError
 from training.data_files import SCHEME, fetch_data
 from training.examples import read_examples
 from training.spec import TrainingSpec
-
-Location = tuple[str | int, ...]
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The file an error is about. Knows the line of every field in it."""
-
-    name: str
-    root: yaml.Node | None
-
-    def error(self, location: Location, message: str) -> SpecificationError:
-        field = ".".join(str(part) for part in location)
-        line = self._line(location)
-        place = self.name if line is None else f"{self.name}, line {line}"
-        return SpecificationError(
-            f"{place}: {field}: {message}" if field else f"{place}: {message}",
-            param=field or None,
-        )
-
-    def _line(self, location: Location) -> int | None:
-        """The line of the deepest part of `location` that the file has."""
-        node = self.root
-        line = None if node is None else node.start_mark.line + 1
-        for part in location:
-            if isinstance(node, yaml.MappingNode):
-                found = [(key, value) for key, value in node.value if key.value == str(part)]
-                if not found:
-                    break
-                key, node = found[0]
-                line = key.start_mark.line + 1
-            elif (
-                isinstance(node, yaml.SequenceNode)
-                and isinstance(part, int)
-                and part < len(node.value)
-            ):
-                node = node.value[part]
-                line = node.start_mark.line + 1
-            else:
-                break
-        return line
+from training.spec_source import Location, SpecSource, read_source
 
 
 def read_spec(
@@ -83,22 +42,7 @@ def read_spec(
         SpecificationError: names the file, the line and the field, or the data file and its line.
         StoreUnavailableError: S3 cannot be reached.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise SpecificationError(f"{path.name}: is not UTF-8 text") from None
-    except OSError as error:
-        raise SpecificationError(f"{path.name}: cannot be read: {error.strerror}") from None
-    if path.suffix == ".json":
-        text = text.replace("\t", " ")  # YAML allows JSON, but no tabs between its tokens
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        _refuse_duplicates(path.name, root)
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise SpecificationError(f"{path.name}{line}: {error.problem}") from None
-    source = _Source(path.name, root)
+    values, source = read_source(path)
     if not isinstance(values, dict):
         raise source.error((), "a specification is a mapping with base and adapters")
     for key, value in (overrides or {}).items():
@@ -115,7 +59,7 @@ def parse_spec(
     values: Mapping[str, Any],
     directory: Path,
     *,
-    source: _Source | None = None,
+    source: SpecSource | None = None,
     storage: StorageSettings | None = None,
 ) -> TrainingSpec:
     """A specification from plain data; relative data paths, and a base path that exists, are `directory`'s.
@@ -125,14 +69,14 @@ def parse_spec(
         StoreUnavailableError: data is in S3, which cannot be reached.
     """
     storage = storage or StorageSettings()
-    source = source or _Source("specification", None)
+    source = source or SpecSource("specification", None)
     spread = list(_spread(values, source))
     fields = {key: value for key, value in values.items() if key not in ("defaults", "sweep")}
     fields["adapters"] = [
         _resolved(adapter, directory, location, source, storage) for location, adapter in spread
     ]
     if isinstance(fields.get("base"), str):
-        fields["base"] = _base_path(fields["base"], directory)
+        fields["base"] = _base_path(fields["base"], directory, source)
     try:
         spec = TrainingSpec.model_validate(fields)
     except ValidationError as error:
@@ -150,7 +94,7 @@ def parse_spec(
 
 
 def _spread(
-    values: Mapping[str, Any], source: _Source
+    values: Mapping[str, Any], source: SpecSource
 ) -> Iterator[tuple[Location, dict[str, Any]]]:
     """Each adapter's fields, with the place that says them."""
     defaults = values.get("defaults") or {}
@@ -176,22 +120,28 @@ def _spread(
         fixed = {key: value for key, value in entry.items() if key != "over"}
         for choice in itertools.product(*over.values()):
             chosen = dict(zip(over, choice, strict=True))
-            try:
-                name = str(fixed.get("name", "")).format_map(chosen)
-            except (KeyError, IndexError, ValueError) as error:
-                raise source.error(
-                    (*location, "name"), f"{error} is not one of over's fields"
-                ) from None
+            name = _filled_in(fixed.get("name", ""), chosen, (*location, "name"), source)
             yield location, {**defaults, **fixed, **chosen, "name": name}
     if not listed and not sweeps:
         raise source.error(("adapters",), "a job needs at least one adapter")
+
+
+def _filled_in(
+    name: object, chosen: Mapping[str, Any], location: Location, source: SpecSource
+) -> str:
+    try:
+        return str(name).format_map(chosen)
+    except KeyError as error:
+        raise source.error(location, f"{error} is not one of over's fields") from None
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise source.error(location, f"cannot be filled in: {error}") from None
 
 
 def _resolved(
     adapter: dict[str, Any],
     directory: Path,
     location: Location,
-    source: _Source,
+    source: SpecSource,
     storage: StorageSettings,
 ) -> dict[str, Any]:
     fields = dict(adapter)
@@ -208,22 +158,35 @@ def _resolved(
 
 
 def _data_path(
-    text: str, directory: Path, location: Location, source: _Source, storage: StorageSettings
+    text: str, directory: Path, location: Location, source: SpecSource, storage: StorageSettings
 ) -> Path:
     if text.startswith(SCHEME):
         try:
             return fetch_data(text, storage)
         except SpecificationError as error:
             raise source.error(location, error.message) from None
-    path = directory / Path(text).expanduser()
-    if not path.is_file():
-        raise source.error(location, f"there is no file {text}")
-    return path.resolve()
+    with _usable_path(location, source):
+        path = directory / Path(text).expanduser()
+        if path.is_file():
+            return path.resolve()
+    raise source.error(location, f"there is no file {text}")
 
 
-def _base_path(text: str, directory: Path) -> str:
-    path = directory / Path(text).expanduser()
-    return str(path.resolve()) if path.exists() else text
+def _base_path(text: str, directory: Path, source: SpecSource) -> str:
+    with _usable_path(("base",), source):
+        path = directory / Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else text
+
+
+@contextmanager
+def _usable_path(location: Location, source: SpecSource) -> Iterator[None]:
+    """A name too long, a folder that may not be entered, the home of nobody: not just a file that is not there."""
+    try:
+        yield
+    except OSError as error:
+        raise source.error(location, f"cannot be used as a path: {error.strerror}") from None
+    except RuntimeError as error:
+        raise source.error(location, f"cannot be used as a path: {error}") from None
 
 
 def _as_written(location: Location, places: list[Location], values: Mapping[str, Any]) -> Location:
@@ -233,7 +196,7 @@ def _as_written(location: Location, places: list[Location], values: Mapping[str,
     place, rest = places[location[1]], location[2:]
     entry: Any = values[str(place[0])][place[1]]
     if rest and rest[0] not in entry:
-        if rest[0] in entry.get("over", {}):
+        if place[0] == "sweep" and rest[0] in entry["over"]:
             return (*place, "over", *rest)
         if rest[0] in (values.get("defaults") or {}):
             return ("defaults", *rest)
@@ -249,20 +212,3 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         at[int(last) if isinstance(at, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise SpecificationError(f"{key}: the file has no such field to set", param=key) from None
-
-
-def _refuse_duplicates(name: str, node: yaml.Node | None) -> None:
-    """YAML's loader keeps the last of two equal keys, silently."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                line = key.start_mark.line + 1
-                raise SpecificationError(
-                    f"{name}, line {line}: {key.value}: given twice", param=str(key.value)
-                )
-            seen.add(key.value)
-            _refuse_duplicates(name, value)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_duplicates(name, item)

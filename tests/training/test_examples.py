@@ -36,6 +36,11 @@ def test_each_format_is_detected(tmp_path: Path) -> None:
     assert read_examples(data(tmp_path, alpaca)) == (
         ChatExample((Message("user", "do\n\nit"), Message("assistant", "done"))),
     )
+    without = {"instruction": "do", "output": "done"}
+    assert (
+        read_examples(data(tmp_path, without, {**without, "input": ""}, {**without, "input": None}))
+        == (ChatExample((Message("user", "do"), Message("assistant", "done"))),) * 3
+    )
 
 
 def test_a_file_may_have_what_editors_leave_and_lines_of_any_length(tmp_path: Path) -> None:
@@ -82,6 +87,13 @@ def test_bytes_no_example_is_made_of_are_named_by_line(
         ([{"text": "x"}], "line 1: no known format"),
         ([], "no examples"),
         ([{"prompt": "p", "completion": ""}], "line 1: completion: is empty"),
+        *(
+            (
+                [{"instruction": "do", "output": "done", "input": no_text}],
+                "line 1: input: expected a string",
+            )
+            for no_text in (0, False, [], {})
+        ),
         ([{"messages": [USER]}], "line 1: the last message must be the assistant's"),
         ([{"messages": []}], "line 1: messages: expected a list"),
         ([{"messages": [{"role": "pope", "content": ""}]}], r"messages\.0: expected a role"),

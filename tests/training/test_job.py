@@ -10,9 +10,12 @@ import pytest
 
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
+from storage.local_store import LocalObjectStore
 from training.config import TrainingSettings
+from training.events import JobFailed
 from training.job import main, new_job_id
 from training.job_settings import JobSettings, as_environment, read_job_settings
+from training.job_store import JobStore
 
 
 def test_settings_reach_another_process_through_its_environment(
@@ -74,6 +77,38 @@ def test_what_is_wrong_is_said_with_exit_code_2(
     with caplog.at_level(logging.INFO):
         assert main(arguments) == 2
     assert re.search(says, caplog.text)
+
+
+ADAPTER = "adapters: [{name: a, rank: 1, data: data.jsonl}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"base: b\n? [a]\n: c\n{ADAPTER}", "line 2: the name of a field is text"),
+        (f"base: b\ndefaults: &a {{evaluation: *a}}\n{ADAPTER}", "line 2: this value holds itself"),
+        (f"base: b\x01\n{ADAPTER}", r"line 1: has a character .* U\+0001"),
+        (f"base: 2024-13-45\n{ADAPTER}", "line 1: a value that cannot be read"),
+        ("base: b\nsweep: [{name: 'a{rank.x}', data: data.jsonl, over: {rank: [1]}}]",
+         r"line 2: sweep\.0\.name"),
+        ("base: b\nadapters: [{name: a, rank: 1, data: ~nouser/}]", r"line 2: adapters\.0\.data"),
+        (f"base: b\nadapters: [{{name: a, rank: 1, data: {'x' * 300}}}]",
+         r"line 2: adapters\.0\.data"),
+        ("base: " + "[" * 600, "nested too deep"),
+    ],
+)  # fmt: skip
+def test_whoever_waits_for_a_stored_specification_is_told_that_it_was_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, says: str
+) -> None:
+    monkeypatch.setenv("FLORA_STORAGE__REGISTRY", str(tmp_path / "registry"))
+    monkeypatch.setenv("FLORA_TRAINING__STORAGE_PATH", str(tmp_path / "jobs"))
+    store = LocalObjectStore(tmp_path / "registry")
+    store.put("jobs/a/spec/spec.yaml", text.encode())
+    store.put("jobs/a/spec/data.jsonl", b'{"prompt": "a", "completion": "b"}')
+    assert main(["store:jobs/a/spec/spec.yaml", "--job-id", "a"]) == 2
+    (told,) = JobStore(store, "a").read_events().events
+    assert isinstance(told, JobFailed)
+    assert re.search(says, told.reason)
 
 
 def test_job_ids_say_what_they_are_of_and_are_never_the_same() -> None:

@@ -127,6 +127,23 @@ ADAPTER = "{name: a, rank: 1, data: small.jsonl}"
          "adapters.0", 3, "FLoRA has none"),
         ("base: b\nadapters:\n- {name: a, rank: 1, steps: 2, epochs: 1, data: small.jsonl}",
          "adapters.0", 3, "either steps or epochs"),
+        *(
+            (f"base: b\nsweep:\n- name: a-{name}\n  data: small.jsonl\n  over: {{rank: [1]}}",
+             "sweep.0.name", 3, "cannot be filled in")
+            for name in ("{rank.x}", "{rank[0]}", "{rank", "{}", "{rank:x!}")
+        ),
+        ("base: b\nadapters:\n- name: a\n  rank: 1\n  data: ~nouser/small.jsonl",
+         "adapters.0.data", 5, "cannot be used as a path: .*home"),
+        (f"base: b\nadapters:\n- name: a\n  rank: 1\n  data: {'x' * 300}",
+         "adapters.0.data", 5, "cannot be used as a path: .*too long"),
+        ("base: b\nadapters:\n- name: a\n  rank: 1\n  data: small.jsonl\n  evaluation:\n"
+         f"    data: {'x' * 300}", "adapters.0.evaluation.data", 7, "too long"),
+        (f"adapters: [{ADAPTER}]\nbase: ~nouser/base", "base", 2, "home"),
+        (f"adapters: [{ADAPTER}]\nbase: {'x' * 300}", "base", 2, "too long"),
+        ("base: b\nadapters:\n- {name: a, over: 5, data: small.jsonl}",
+         "adapters.0.rank", 3, "required"),
+        ("base: b\nadapters:\n- {name: a, rank: 1, epochs: .inf, data: small.jsonl}",
+         "adapters.0.epochs", 3, "finite"),
         ("base: b\nbase: c\nadapters: []", "base", 2, "given twice"),
         ("base: b\nadapters: []", "adapters", 2, "at least one adapter"),
     ],
@@ -143,6 +160,39 @@ def test_a_wrong_field_is_named_with_its_line(
 def test_a_file_that_is_not_yaml_is_named_with_its_line(folder: Path) -> None:
     with pytest.raises(SpecificationError, match=r"spec\.yaml, line 2"):
         read_spec(written(folder, "base: b\nadapters: [a"))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("base: b\n? [a, b]\n: c", 2, "the name of a field is text"),
+        ("base: b\n? {a: b}\n: c", 2, "the name of a field is text"),
+        ("base: b\ndefaults: &a\n  evaluation: *a", 2, "holds itself"),
+        ("base: b\nadapters: &a\n- *a", 2, "holds itself"),
+        ("base: b\ndata: a\x01b", 2, "character that YAML does not allow: U\\+0001"),
+        ("seed: 1\nbase: 2024-13-45", 2, "cannot be read: month"),
+        ("seed: 1\nbase: !!int b", 2, "cannot be read"),
+        ("seed: 1\nbase: !!bool b", 2, "cannot be read"),
+        ("seed: 1\nbase: !!timestamp b", 2, "cannot be read"),
+        ("seed: 1\nbase: !!python/name:os.system", 2, "could not determine a constructor"),
+        ('seed: 1\nbase: "\\ud83d"', 2, "half of a character"),
+        ("base: *b", 1, "undefined alias"),
+    ],
+)
+def test_what_yaml_cannot_say_is_named_with_its_line(
+    folder: Path, text: str, line: int, says: str
+) -> None:
+    with pytest.raises(SpecificationError, match=says) as caught:
+        read_spec(written(folder, text))
+    assert caught.value.message.startswith(f"spec.yaml, line {line}: ")
+
+
+def test_a_file_nested_too_deep_is_refused_and_so_is_one_of_nested_aliases(folder: Path) -> None:
+    with pytest.raises(SpecificationError, match=r"^spec\.yaml: is nested too deep"):
+        read_spec(written(folder, "base: " + "[" * 600))
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 40)]
+    with pytest.raises(SpecificationError, match=r"^spec\.yaml, line 1: adapters: a job needs"):
+        read_spec(written(folder, "\n".join(["a0: &a0 x", *lines])))
 
 
 def test_a_bad_data_file_is_found_with_the_specification(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_who_stops_early_publishes_its_best_step(restarts: bool) -> None:
         recorder = Recorder()
         cut_off = trainer(spec, recorder=recorder, run=run)
         cut_off.start()
-        while cut_off.runs[0].evaluations_since_best < 2:
+        while cut_off.runs[0].evaluations_without_improvement < 2:
             cut_off.step()
         resumed = trainer(spec, recorder=recorder, run=run)
         resumed.restore(0, cut_off.state_of(0))
