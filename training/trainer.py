@@ -4,7 +4,7 @@ Everything that decides how an adapter trains is its own: its loss is the mean o
 gradient is clipped by its own norm, its AdamW, schedule, data order and end are its own. What they share is the pass
 through the base, whose cost hardly grows with another adapter.
 
-Shape legend: T tokens of the stream, L completion positions, S adapters, H hidden size, V vocabulary.
+Shape legend: S adapters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from storage.adapter_rows import AdapterRows
 from storage.errors import AdapterRefusedError
 from storage.identity import AdapterVersion
 from training.adapter_run import AdapterRun, RunStatus, next_waiting
-from training.batches import OwnedSequence, PackedBatch, pack, split
-from training.completion_loss import completion_nll
+from training.batches import OwnedSequence
 from training.events import (
     AdapterEvaluated,
     AdapterFailed,
@@ -37,6 +35,7 @@ from training.frozen_base import FrozenBase
 from training.initial_rows import initial_rows, row_layouts
 from training.optimizer import RowAdamW, StepSettings
 from training.spec import AdapterSpec
+from training.step_loss import StepLoss
 from training.trainable_rows import State, TrainableRows, Weights
 
 Publish = Callable[[AdapterSpec, AdapterRows], AdapterVersion]
@@ -78,7 +77,6 @@ class MultiAdapterTrainer:
         self._base = base
         self._publish = publish
         self._on_event = on_event
-        self._max_step_tokens = max_step_tokens
         self._clock = clock
         self._dtype = torch.promote_types(base.dtype, torch.float32)
         self._projections = base.layers.projections
@@ -88,6 +86,13 @@ class MultiAdapterTrainer:
             min(max_resident or len(self.runs), len(self.runs)),
             self._dtype,
             base.device,
+        )
+        self._loss = StepLoss(
+            base,
+            self.rows,
+            num_adapters=len(self.runs),
+            max_step_tokens=max_step_tokens,
+            dtype=self._dtype,
         )
         self._optimizer = RowAdamW(tuple(self.rows.blocks.values()), len(self.runs))
         self._kept: dict[
@@ -122,7 +127,7 @@ class MultiAdapterTrainer:
         rates = [run.learning_rate if run.is_training else 0.0 for run in self.runs]
         batch = {number: self._owned(number, self.runs[number].draw()) for number in training}
         self._optimizer.zero_gradients()
-        loss_S = self._accumulate(batch)
+        loss_S = self._loss.backward(batch)
         self.rows.pull_gradients()
         norm_S = self._optimizer.gradient_norms()
         healthy_S = loss_S.isfinite() & norm_S.isfinite()
@@ -193,41 +198,11 @@ class MultiAdapterTrainer:
             if state[part] is not None:
                 of_all[number] = state[part]
 
-    # One step's arithmetic.
+    # What one step is made of.
 
     def _owned(self, number: int, sequences: Sequence[Any]) -> list[OwnedSequence]:
         slot = self.rows.slot_of(number)
         return [OwnedSequence(number, slot, sequence) for sequence in sequences]
-
-    def _accumulate(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> Tensor:
-        """Run forward and backward; returns each adapter's mean loss_S, 0 for those without tokens."""
-        count_S = self._learnt_tokens(batch)
-        flat = [one for owned in batch.values() for one in owned]
-        loss_S = torch.zeros_like(count_S)
-        for part in split(flat, self._max_step_tokens):
-            part_S = self._summed_nll(part) / count_S
-            part_S.sum().backward()  # type: ignore[no-untyped-call]
-            loss_S += part_S.detach()
-        return loss_S
-
-    def _learnt_tokens(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> Tensor:
-        counts = [1.0] * len(self.runs)
-        for number, owned in batch.items():
-            counts[number] = float(sum(one.sequence.num_learnt for one in owned))
-        return torch.tensor(counts, dtype=self._dtype, device=self._base.device)
-
-    def _summed_nll(self, owned: Sequence[OwnedSequence]) -> Tensor:
-        """nll_S, summed over each adapter's own completion tokens."""
-        packed = pack(owned, self.rows.bank.resident_slots, self._base.device)
-        nll_L = self._nll(packed)
-        return nll_L.new_zeros(len(self.runs)).index_add(0, packed.adapter_L, nll_L)
-
-    def _nll(self, packed: PackedBatch) -> Tensor:
-        self._base.layers.begin_step(packed.plan)
-        hidden_TH = self._base.hidden_states(packed.tokens_T, packed.positions_T, packed.attention)
-        return completion_nll(
-            hidden_TH.index_select(0, packed.predict_from_L), packed.target_L, self._base.head
-        )
 
     def _settings(self, rates: Sequence[float], healthy_S: Tensor) -> StepSettings:
         def vector(values: list[float]) -> Tensor:
@@ -273,17 +248,8 @@ class MultiAdapterTrainer:
         if not due:
             return
         owned = {n: self._owned(n, self.runs[n].data.held_out) for n in due}
-        size = {n: self.runs[n].spec.batch_size for n in due}
-        chunks = [
-            [owned[n][start : start + size[n]] for start in range(0, len(owned[n]), size[n])]
-            for n in due
-        ]
-        total = torch.zeros_like(self._learnt_tokens({}))
-        with torch.no_grad():
-            for mixed in zip_longest(*chunks, fillvalue=()):
-                for part in split([one for chunk in mixed for one in chunk], self._max_step_tokens):
-                    total = total + self._summed_nll(part)
-        losses = (total / self._learnt_tokens(owned)).tolist()
+        sizes = {n: self.runs[n].spec.batch_size for n in due}
+        losses = self._loss.held_out(owned, sizes).tolist()
         for number in due:
             run = self.runs[number]
             self._on_event(AdapterEvaluated(adapter=run.name, step=run.step, loss=losses[number]))

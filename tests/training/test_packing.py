@@ -24,7 +24,7 @@ def job() -> MultiAdapterTrainer:
 def nll(job: MultiAdapterTrainer, *owned: tuple[int, TokenSequence]) -> Tensor:
     """nll_S by adapter, of one forward."""
     with torch.no_grad():
-        return job._summed_nll(
+        return job._loss.summed_nll(
             [OwnedSequence(number, job.rows.slot_of(number), one) for number, one in owned]
         )
 
