@@ -46,6 +46,7 @@ NEEDS_RAY = pytest.mark.xdist_group("ray")
 """Of tests that start a Ray of their own."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """However many processes run the tests, those with a Ray stay in one: it starts once, and they are busy enough.
 

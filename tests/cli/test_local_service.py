@@ -129,7 +129,7 @@ def test_a_trained_adapter_answers_and_is_seen_where_it_lies(
         answer = person.json("chat", adapter, "--prompt", "1", "--max-tokens", 4)
         assert answer["version"] == version
         assert answer["tier"] in ("registry", "disk", "host", "device")
-    streamed = person.flora("chat", "blue", "--prompt", "1", "--max-tokens", 4)
+    streamed = person.flora("chat", adapter, "--prompt", "1", "--max-tokens", 4)
     assert streamed.strip("\n") == answer["answer"].strip("\n")
 
     seen = person.json("status")
