@@ -93,7 +93,7 @@ class TrainingProgress:
                 self._tell(f"{event.adapter}: failed at step {event.step}: {event.reason}")
             case JobFinished():
                 self.is_over = True
-            case JobFailed():
+            case JobFailed() if not event.is_taken_over:
                 self.is_over = True
                 self.failure = event.reason
 

@@ -134,12 +134,14 @@ def claim_comparison(store: ObjectStore, now_s: float, period_s: float) -> bool:
     return claimed
 
 
-def parallel(function: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
-    """The function of every item, in order, many at a time; the first error passes through."""
+def parallel(
+    function: Callable[[_In], _Out], items: Iterable[_In], at_once: int = READ_AT_ONCE
+) -> list[_Out]:
+    """The function of every item, in order, so many at a time; the first error passes through."""
     waiting = list(items)
     if len(waiting) < 2:
         return [function(item) for item in waiting]
-    with ThreadPoolExecutor(min(READ_AT_ONCE, len(waiting))) as threads:
+    with ThreadPoolExecutor(min(at_once, len(waiting))) as threads:
         return list(threads.map(function, waiting))
 
 

@@ -2,7 +2,7 @@
 
     jobs/<job>/checkpoints/commit.json                      which objects count, written by compare-and-swap
     jobs/<job>/checkpoints/<attempt>-<round>/<adapter>.pt   one adapter's state after a round
-    jobs/<job>/checkpoints/finished/<adapter>.zip           files of one that was about to be published
+    jobs/<job>/checkpoints/finished/<adapter>.zip           see `training/finished_files.py`
 
 A round counts once `commit.json` names it: a crash before that leaves the round before. An *attempt* begins whenever
 workers start, after a crash or not, with a commit of its own number; a worker of an earlier attempt that is still alive
@@ -14,8 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +22,13 @@ import torch
 
 from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
 from storage.identity import canonical_json, sha256_hex
+from storage.index import parallel
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
+from training.finished_files import FinishedFiles
 from training.job_store import JobStore
 from training.sharing import Shares
 
+_TRIES = 8  # against commits that come once a round
 _ROUND = re.compile(r"(?P<attempt>\d+)-(?P<round>\d+)/.+")
 
 
@@ -68,11 +70,14 @@ class Commit:
 class Checkpoints:
     """The checkpoints of one job. Methods raise StoreUnavailableError.
 
-    `take_over` is for the job's driver; `begin` and `commit` for one process of an attempt; `save` for the one that
-    trains the adapter.
+    `take_over` is for the job's driver; `begin` and `commit` for one process of an attempt, `join` for all of them;
+    `save` and `keep_finished` for the one that trains the adapter.
 
     Args:
         driver: whose workers these are; what its `take_over` returned.
+
+    Attributes:
+        finished: what adapters were about to be published as.
     """
 
     def __init__(self, store: ObjectStore, job_id: str, driver: int = 0) -> None:
@@ -81,6 +86,8 @@ class Checkpoints:
         self._job_id = job_id
         self._driver = driver
         self._etag: str | None = None  # of this attempt's last commit
+        self._joined: Commit | None = None
+        self.finished = FinishedFiles(store, self._folder)
 
     def read(self, job_digest: str) -> Commit | None:
         """The last commit; None when the job has not begun.
@@ -95,12 +102,13 @@ class Checkpoints:
     def take_over(self, job_digest: str) -> int:
         """Make this the job's driver: workers of an earlier one, should there be any left, begin no attempt again.
 
-        Raises as `read`, and OverloadedError when another driver or attempt began in this moment.
+        Raises as `read`, and OverloadedError when the commit is another one whenever it is to be replaced.
         """
-        found = self._find(job_digest)
-        before = Commit(job_digest, attempt=0) if found is None else found[0]
-        self._driver = before.driver + 1
-        self._replace(found, replace(before, driver=self._driver))
+
+        def succeed(before: Commit) -> Commit:
+            return replace(before, driver=before.driver + 1)
+
+        self._driver = self._change(job_digest, succeed)[0].driver
         return self._driver
 
     def is_taken_over(self, job_digest: str) -> bool:
@@ -114,14 +122,21 @@ class Checkpoints:
         Raises as `read`, and OverloadedError when the job has another driver by now, or another attempt began in this
         moment.
         """
-        found = self._find(job_digest)
-        before = Commit(job_digest, attempt=0) if found is None else found[0]
-        if before.driver != self._driver:
-            raise self._taken_over()
-        commit = replace(before, attempt=before.attempt + 1)
-        self._etag = self._replace(found, commit)
+        attempts: set[int] = set()
+
+        def succeed(before: Commit) -> Commit:
+            attempts.add(before.attempt)
+            if before.driver != self._driver or len(attempts) > 1:
+                raise self._taken_over()
+            return replace(before, attempt=before.attempt + 1)
+
+        commit, self._etag = self._change(job_digest, succeed)
         self.clean(commit)
         return commit
+
+    def join(self, commit: Commit) -> None:
+        """Take part in the attempt that `begin`, wherever it was called, returned this for."""
+        self._joined = commit
 
     def save(
         self, commit: Commit, adapter: str, state: Mapping[str, Any], *, step: int, is_over: bool
@@ -159,7 +174,12 @@ class Checkpoints:
         """
         if self._etag is None:
             raise ValueError("only who began an attempt commits")
-        self._etag = self._swap(commit, self._etag)
+        try:
+            self._etag = self._store.compare_and_swap(
+                self._commit_key, _written(commit), self._etag
+            )
+        except PreconditionFailedError:
+            raise self._taken_over() from None
 
     def clean(self, commit: Commit) -> None:
         """Remove what no longer counts, given that `commit` is the last one of its attempt.
@@ -167,53 +187,42 @@ class Checkpoints:
         Objects of later rounds are being written, and those of later attempts are not ours to judge.
         """
         named = {saved.key for saved in commit.adapters.values()}
-        for key, attempt, round_ in self._states():
-            if key not in named and (attempt, round_) <= (commit.attempt, commit.round):
-                self._store.delete(key)
-
-    # Adapters that are about to be published.
+        old = [
+            key
+            for key, attempt, round_ in self._states()
+            if key not in named and (attempt, round_) <= (commit.attempt, commit.round)
+        ]
+        parallel(self._store.delete, old)
 
     def keep_finished(self, adapter: str, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """Write down what an adapter is to be published as, once: returns the files of whoever was first.
 
         Called before publishing. A later attempt, which may have trained its last steps again on other workers and
-        come out another last bit, publishes the same then.
+        come out another last bit, publishes the same then. Whether there is one is asked after the files are written:
+        one that begins later finds them, and one that began before need not have, so this worker publishes nothing.
+
+        Raises:
+            OverloadedError: another attempt of this job, or another driver, has begun since.
         """
-        try:
-            self._store.put_if_absent(self._finished_key(adapter), _zipped(files))
-        except PreconditionFailedError:
-            kept = self.finished(adapter)
-            return files if kept is None else kept
-        return files
-
-    def finished(self, adapter: str) -> Mapping[str, bytes] | None:
-        """What `keep_finished` returned. Raises AdapterCorruptError."""
-        try:
-            data = self._store.get(self._finished_key(adapter)).data
-        except ObjectNotFoundError:
-            return None
-        try:
-            return _unzipped(data)
-        except zipfile.BadZipFile as error:
-            raise AdapterCorruptError(f"{self._finished_key(adapter)}: {error}") from error
-
-    def finished_adapters(self) -> frozenset[str]:
-        """Names of those whose files are kept."""
-        folder = f"{self._folder}finished/"
-        keys = (info.key for info in self._store.list(folder))
-        return frozenset(key.removeprefix(folder).removesuffix(".zip") for key in keys)
-
-    def forget_finished(self) -> None:
-        """To be called when the job is over: the registry has them all."""
-        for adapter in self.finished_adapters():
-            self._store.delete(self._finished_key(adapter))
+        if self._joined is None:
+            raise ValueError("only who joined an attempt publishes")
+        is_first = self.finished.put_first(adapter, files)
+        kept = files if is_first else self.finished.get(adapter)
+        found = self._find(self._joined.job_digest)
+        now = None if found is None else found[0]
+        is_ours = now is not None and (now.driver, now.attempt) == (
+            self._joined.driver,
+            self._joined.attempt,
+        )
+        if is_ours and kept is not None:
+            return kept
+        if is_first and now is not None and now.is_over(adapter):
+            self.finished.forget(adapter)  # the job may have ended, and nobody asks for them again
+        raise self._taken_over()
 
     @property
     def _commit_key(self) -> str:
         return f"{self._folder}commit.json"
-
-    def _finished_key(self, adapter: str) -> str:
-        return f"{self._folder}finished/{adapter}.zip"
 
     def _find(self, job_digest: str) -> tuple[Commit, str] | None:
         try:
@@ -232,19 +241,19 @@ class Checkpoints:
             )
         return commit, stored.etag
 
-    def _replace(self, found: tuple[Commit, str] | None, commit: Commit) -> str:
-        if found is not None:
-            return self._swap(commit, found[1])
-        try:
-            return self._store.put_if_absent(self._commit_key, _written(commit))
-        except PreconditionFailedError:
-            raise self._taken_over() from None
-
-    def _swap(self, commit: Commit, etag: str) -> str:
-        try:
-            return self._store.compare_and_swap(self._commit_key, _written(commit), etag)
-        except PreconditionFailedError:
-            raise self._taken_over() from None
+    def _change(self, job_digest: str, succeed: Callable[[Commit], Commit]) -> tuple[Commit, str]:
+        """Put what `succeed` makes of the last commit in its place; a worker may commit a round at the same moment."""
+        for _ in range(_TRIES):
+            found = self._find(job_digest)
+            commit = succeed(Commit(job_digest, attempt=0) if found is None else found[0])
+            data = _written(commit)
+            try:
+                if found is None:
+                    return commit, self._store.put_if_absent(self._commit_key, data)
+                return commit, self._store.compare_and_swap(self._commit_key, data, found[1])
+            except PreconditionFailedError:
+                continue
+        raise self._taken_over()
 
     def _taken_over(self) -> OverloadedError:
         return OverloadedError(f"another attempt of the job {self._job_id!r} has taken over")
@@ -287,16 +296,3 @@ def _parsed(data: bytes) -> Commit:
         shares=tuple(tuple(share) for share in values["shares"]),
         adapters={name: SavedAdapter(**saved) for name, saved in values["adapters"].items()},
     )
-
-
-def _zipped(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for path, data in files.items():
-            archive.writestr(path, data)
-    return buffer.getvalue()
-
-
-def _unzipped(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {path: archive.read(path) for path in archive.namelist()}

@@ -46,7 +46,7 @@ def describe(event: TrainingEvent) -> str:
         case JobFinished():
             return f"the job ended: {len(event.published)} published, {len(event.failed)} failed"
         case JobFailed():
-            return f"the job failed: {event.reason}"
+            return event.reason if event.is_taken_over else f"the job failed: {event.reason}"
         case JobCancelled():
             return "the job was cancelled"
     return event.kind

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 
@@ -140,11 +140,16 @@ class JobFinished(TrainingEvent):
 
 @dataclass(frozen=True, slots=True)
 class JobFailed(TrainingEvent):
-    """The last line of a job that did not run to its end."""
+    """The last line of a driver whose job did not run to its end.
+
+    Attributes:
+        is_taken_over: another driver goes on with the job. What becomes of the job, that one tells.
+    """
 
     kind: ClassVar[str] = "job_failed"
     job_id: str
     reason: str
+    is_taken_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,8 @@ def parse_event(line: bytes) -> TrainingEvent:
     try:
         values = json.loads(line)
         kind = _KINDS[values["event"]]
-        return kind(**{one.name: _value(one.type, values[one.name]) for one in fields(kind)})
+        told = [one for one in fields(kind) if one.name in values or one.default is MISSING]
+        return kind(**{one.name: _value(one.type, values[one.name]) for one in told})
     except (KeyError, TypeError) as error:
         raise ValueError(f"not an event of a training job: {line[:200]!r}") from error
 

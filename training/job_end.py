@@ -49,3 +49,9 @@ def keep_picture(job: JobStore, title: str, events: Sequence[TrainingEvent]) -> 
         job.put_file(LOSS_PICTURE, plot(curves_of(events), title))
     except Exception:
         logger.warning("there is no picture of the losses", exc_info=True)
+
+
+def telling_line(text: str) -> str:
+    """The line of an error, or of its traceback, that says what went wrong."""
+    lines = text.strip().splitlines() or ["it gave no reason"]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -63,7 +63,7 @@ class JobReport:
                     published={**dict.fromkeys(event.published, ""), **self.published},
                     failed={**dict.fromkeys(event.failed, ""), **self.failed},
                 )
-            case JobFailed():
+            case JobFailed() if not event.is_taken_over:
                 return replace(told, status=JobStatus.FAILED, error=event.reason)
             case JobCancelled() if not self.status.is_final:
                 return replace(told, status=JobStatus.CANCELLED)

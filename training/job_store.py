@@ -29,6 +29,7 @@ from storage.errors import AdapterCorruptError, InvalidRequestError, StoreUnavai
 from storage.identity import checked_name
 from storage.object_store import ObjectNotFoundError, ObjectStore
 from training.events import TrainingEvent, event_line, parse_event
+from training.patience import patiently
 
 LOSS_PICTURE = "loss.png"
 DRIVER = "driver"
@@ -180,10 +181,10 @@ class EventWriter:
                     del self._waiting[:taken]
 
     def close(self) -> None:
-        """Flush for the last time. Raises StoreUnavailableError."""
+        """Flush for the last time. Raises StoreUnavailableError: not for a moment only."""
         self._closed.set()
         self._thread.join()
-        self.flush()
+        patiently(self.flush)
 
     def _next_lines(self) -> int:
         """How many of those waiting go into the current object, which is a new one when the old one is full.

@@ -40,7 +40,7 @@ class JobPublisher:
         self._max_bytes = max_bytes
 
     def __call__(self, spec: AdapterSpec, rows: AdapterRows) -> AdapterVersion:
-        """A `Publish`. Raises as `publish_adapter`."""
+        """A `Publish`. Raises as `publish_adapter` and `Checkpoints.keep_finished`."""
         files = peft_files(spec, replace(rows, base_digest=self._base.digest), self._base.name)
         return self._publish(spec, self._checkpoints.keep_finished(spec.name, files))
 
@@ -49,7 +49,7 @@ class JobPublisher:
 
         Raises AdapterCorruptError: what was written down cannot be read.
         """
-        files = self._checkpoints.finished(spec.name)
+        files = self._checkpoints.finished.get(spec.name)
         if files is None:
             return None
         try:

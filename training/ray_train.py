@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from storage.errors import OverloadedError
 from storage.stores import open_store
-from training.checkpoints import Checkpoints
 from training.config import TrainingSettings
-from training.events import EventSink, JobFailed, JobFinished, JobStarted
-from training.job_end import JobResult, job_result, keep_picture
+from training.driver import drive
+from training.events import EventSink
+from training.job_end import JobResult, telling_line
 from training.job_plan import plan_job
 from training.job_settings import JobAreas, job_directory
-from training.job_store import DRIVER, JobStore
 from training.ray_worker import WorkerTask, train_share
 from training.rounds import Work
 from training.spec import TrainingSpec
 from workers.large_pages import kept_memory
 
-_POLL_S = 1.0
 # A lost worker is noticed at once; this bounds the wait for one that is only slow.
 _LONGEST_ROUND_S = 24 * 3600
 # A worker's report waits until Ray Train has looked at the one before: by its own choice, every two seconds.
@@ -51,37 +44,22 @@ def run_training(
         job_id: names the job's directory; a valid name as of `storage.identity`.
 
     Raises:
-        SpecificationError, InvalidRequestError, StoreUnavailableError: found before any worker starts.
+        SpecificationError, InvalidRequestError: found before any worker starts.
+        StoreUnavailableError: not for a moment only.
         OverloadedError: the job was started once more meanwhile; what becomes of it, that one tells.
     """
-    store = open_store(settings.storage)
-    job, checkpoints = JobStore(store, job_id), Checkpoints(store, job_id)
     plan = plan_job(spec, settings.training, settings.storage)
     work = Work(plan.digest(), plan.costs, plan.num_steps, spec.checkpoint_every_steps)
-    commit = checkpoints.read(work.digest)
-    left = work.left(commit) if commit is not None else work.costs
-    if left and not ray.is_initialized():
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
-    with _followed(job, on_event), job.writer(DRIVER) as tell:
-        workers = min(settings.training.num_workers, len(left))
-        tell(JobStarted(job_id, tuple(plan.data), workers))
-        error = None
-        if left:
-            driver = checkpoints.take_over(work.digest)
-            task = WorkerTask(plan, work, settings.storage, settings.training, job_id, driver)
-            error = _fit(task, workers, job_directory(settings, job_id))
-            if error is not None and checkpoints.is_taken_over(work.digest):
-                raise OverloadedError(f"another run of the job {job_id!r} goes on with it")
-        events = job.read_events().events
-        result = job_result(events, error)
-        keep_picture(job, job_id, events)
-        if error is None:
-            tell(JobFinished(job_id, tuple(result.published), tuple(result.failed)))
-        else:
-            tell(JobFailed(job_id, error))
-    if error is None:
-        checkpoints.forget_finished()
-    return result
+
+    def fit(driver: int, workers: int) -> str | None:
+        if not ray.is_initialized():
+            ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        task = WorkerTask(plan, work, settings.storage, settings.training, job_id, driver)
+        return _fit(task, workers, job_directory(settings, job_id))
+
+    store = open_store(settings.storage)
+    num_workers = settings.training.num_workers
+    return drive(store, job_id, tuple(plan.data), work, num_workers, fit, on_event)
 
 
 def _fit(task: WorkerTask, workers: int, scratch: Path) -> str | None:
@@ -132,36 +110,5 @@ def _num_workers(settings: TrainingSettings, workers: int) -> int | tuple[int, i
 def _reason(error: ray.train.TrainingFailedError) -> str:
     """What the first lost worker died of, in one line; the log has the tracebacks."""
     failures = getattr(error, "worker_failures", {})
-    texts = [f"worker {rank}: {_telling_line(str(failures[rank]))}" for rank in sorted(failures)]
-    return texts[0] if texts else _telling_line(str(error))
-
-
-def _telling_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
-
-
-@contextmanager
-def _followed(job: JobStore, on_event: EventSink) -> Iterator[None]:
-    """Tell `on_event` what is told while the block runs, to the last event.
-
-    An error of `on_event` ends the telling, not the block; it is raised at the end.
-    """
-    done = threading.Event()
-
-    def follow(cursor: str) -> None:
-        is_last = False
-        while not is_last:
-            is_last = done.wait(_POLL_S)
-            page = job.read_events(cursor)
-            cursor = page.next
-            for event in page.events:
-                on_event(event)
-
-    with ThreadPoolExecutor(1, thread_name_prefix="training-events") as thread:
-        followed = thread.submit(follow, job.read_events().next)
-        try:
-            yield
-        finally:
-            done.set()
-        followed.result()
+    texts = [f"worker {rank}: {telling_line(str(failures[rank]))}" for rank in sorted(failures)]
+    return texts[0] if texts else telling_line(str(error))

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from storage.errors import StoreUnavailableError
 from storage.identity import AdapterVersion
+from storage.index import parallel
 from training.adapter_run import AdapterRun, RunStatus
 from training.checkpoints import Checkpoints, Commit, SavedAdapter
 from training.events import AdapterPublished, EventSink, RoundFinished, WorkerStarted
@@ -29,6 +30,9 @@ T = TypeVar("T")
 
 _MOST_STEPS = 4
 """A worker takes at most so many times the steps that it was asked to: costs are estimates."""
+
+_SAVED_AT_ONCE = 4
+"""Each of them is in memory twice more, as bytes; a store far away answers so many at a time."""
 
 logger = logging.getLogger("flora.training")
 
@@ -143,18 +147,19 @@ def train_in_rounds(
         Whatever the store, the trainer and the peers raise: the attempt has failed then, and the commit stands.
     """
     commit: Commit = peers.from_first(checkpoints.begin(work.digest) if peers.rank == 0 else None)
+    checkpoints.join(commit)
     share: tuple[str, ...] | None = None
     trainer: ShareTrainer | None = None
     while not work.is_done(commit):
         shares = share_again(commit.shares, work.left(commit), peers.size)
         if shares[peers.rank] != share:
             share = shares[peers.rank]
-            trainer = None  # its memory is free before the next one takes its own
+            trainer = None  # the next one frees its memory, then takes its own
             tell(WorkerStarted(peers.rank, peers.size, socket.gethostname(), os.getpid(), share))
             if share:
                 trainer = build(share)
                 _restore(trainer, commit, checkpoints)
-                _publish_again(trainer, checkpoints.finished_adapters(), publish_again, tell)
+                _publish_again(trainer, checkpoints.finished.names(), publish_again, tell)
         if trainer is not None:
             _stop_cancelled(trainer, job)
         cost = 0.0 if trainer is None else work.cost_of_step(trainer)
@@ -179,9 +184,10 @@ def train_in_rounds(
 
 
 def _restore(trainer: ShareTrainer, commit: Commit, checkpoints: Checkpoints) -> None:
-    for number, run in enumerate(trainer.runs):
-        if run.name in commit.adapters:
-            trainer.restore(number, checkpoints.load(commit.adapters[run.name]))
+    begun = [number for number, run in enumerate(trainer.runs) if run.name in commit.adapters]
+    saved = [commit.adapters[trainer.runs[number].name] for number in begun]
+    for number, state in zip(begun, parallel(checkpoints.load, saved), strict=True):
+        trainer.restore(number, state)
 
 
 def _publish_again(
@@ -214,12 +220,13 @@ def _round(
         if trainer.is_done:
             break
         trainer.step()
-    return {
-        run.name: checkpoints.save(
-            commit, run.name, trainer.state_of(number), step=run.step, is_over=run.is_over
-        )
-        for number, run in enumerate(trainer.runs)
-    }
+
+    def save(number: int) -> SavedAdapter:
+        run, state = trainer.runs[number], trainer.state_of(number)
+        return checkpoints.save(commit, run.name, state, step=run.step, is_over=run.is_over)
+
+    saved = parallel(save, range(len(trainer.runs)), at_once=_SAVED_AT_ONCE)
+    return {run.name: one for run, one in zip(trainer.runs, saved, strict=True)}
 
 
 def _next(commit: Commit, shares: Shares, saved: Sequence[Mapping[str, Any]]) -> Commit:

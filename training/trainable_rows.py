@@ -63,6 +63,7 @@ class TrainableRows:
         self._layers = layers
         self._layouts = tuple(adapters)
         self.max_resident = max_resident
+        layers.unbind()  # the bank of a trainer that is gone makes room for this one
         room = RowRoom.of(adapters, layers.projections, max_resident)
         self.bank = AdapterBank(
             layers.projections,

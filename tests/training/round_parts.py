@@ -37,13 +37,15 @@ class KillingStore(PassingStore):
     def __init__(self, store: ObjectStore, writes_left: int) -> None:
         super().__init__(store)
         self._writes_left = writes_left
+        self._counting = threading.Lock()
         self.is_dead = False
 
     def before(self, *, is_write: bool) -> None:
-        self._writes_left -= is_write
-        self.is_dead |= self._writes_left < 0
-        if self.is_dead:
-            raise KilledError
+        with self._counting:
+            self._writes_left -= is_write
+            self.is_dead |= self._writes_left < 0
+            if self.is_dead:
+                raise KilledError
 
 
 class ThreadPeers:
@@ -137,9 +139,9 @@ def run_of(name: str) -> AdapterRun:
 class SumPublisher:
     """Publishes into the store itself, under what it is of."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, checkpoints: Checkpoints) -> None:
         self._store = store
-        self._checkpoints = Checkpoints(store, JOB)
+        self._checkpoints = checkpoints
 
     def __call__(self, name: str, content: bytes) -> str:
         kept = self._checkpoints.keep_finished(name, {"content": content})["content"]
@@ -148,11 +150,13 @@ class SumPublisher:
         return key
 
     def again(self, spec: AdapterSpec) -> AdapterVersion | None:
-        files = self._checkpoints.finished(spec.name)
+        files = self._checkpoints.finished.get(spec.name)
         return None if files is None else AdapterVersion(self(spec.name, files["content"]))
 
 
-def run_attempt(store: ObjectStore, workers: int = 1, noise: int = 0, work: Work = WORK) -> None:
+def run_attempt(
+    store: ObjectStore, workers: int = 1, noise: int = 0, work: Work = WORK, driver: int = 0
+) -> None:
     """One attempt of the job, to its end. Raises what any of its workers raised first."""
     meeting, table = threading.Barrier(workers), [None] * workers
     errors: list[BaseException] = []
@@ -160,14 +164,15 @@ def run_attempt(store: ObjectStore, workers: int = 1, noise: int = 0, work: Work
     def worker(rank: int) -> None:
         peers = ThreadPeers(rank, workers, meeting, table)
         job = JobStore(store, JOB)
-        publisher = SumPublisher(store)
+        checkpoints = Checkpoints(store, JOB, driver)
+        publisher = SumPublisher(store, checkpoints)
         try:
             with job.writer(f"worker-{rank}") as tell:
                 train_in_rounds(
                     work,
                     peers,
                     job,
-                    Checkpoints(store, JOB),
+                    checkpoints,
                     lambda share: SumTrainer(share, publisher, tell, noise),
                     publisher.again,
                     tell,

@@ -8,7 +8,7 @@ from storage.errors import StoreUnavailableError
 from storage.object_store import ObjectNotFoundError, ObjectStore
 from tests.storage.passing_store import PassingStore
 from training.events import AdapterFailed, AdapterPublished, AdapterStep
-from training.job_end import job_result, keep_picture
+from training.job_end import job_result, keep_picture, telling_line
 from training.job_store import LOSS_PICTURE, JobStore
 
 PNG = b"\x89PNG\r\n"
@@ -57,3 +57,16 @@ def test_no_job_fails_for_its_picture(
     assert caplog.text.count("there is no picture of the losses") == 2
     with pytest.raises(ObjectNotFoundError):
         JobStore(local, "job").get_file(LOSS_PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("no room\non any node", "no room"),
+        ("Traceback (most recent call last):\n  File ...\nOSError: gone\n", "OSError: gone"),
+        (" \n", "it gave no reason"),
+        ("", "it gave no reason"),
+    ],
+)
+def test_of_an_error_one_line_is_told(text: str, says: str) -> None:
+    assert telling_line(text) == says

@@ -128,6 +128,21 @@ def test_events_wait_while_the_store_is_away(
     assert JobStore(store, "job").read_events().events == (JOB,)
 
 
+def test_a_writers_last_words_wait_for_a_store_that_is_away_for_a_moment(
+    local: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = AwayStore(local)
+
+    def come_back(seconds: float) -> None:
+        away.is_away = False
+
+    monkeypatch.setattr("training.patience.time.sleep", come_back)
+    with JobStore(away, "job").writer("driver") as tell:
+        tell(JOB)
+        away.is_away = True
+    assert JobStore(local, "job").read_events().events == (JOB,)
+
+
 def test_a_process_that_comes_back_under_its_name_overwrites_nothing(store: ObjectStore) -> None:
     job = JobStore(store, "job")
     for step in (1, 2):

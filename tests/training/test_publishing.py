@@ -52,10 +52,12 @@ def publish(store: LocalObjectStore, registry: Registry, base: BaseFacts) -> Job
 def publisher_of(
     job_id: str, store: LocalObjectStore, registry: Registry, base: BaseFacts
 ) -> JobPublisher:
+    checkpoints = Checkpoints(store, job_id)
+    checkpoints.join(checkpoints.begin("d"))
     return JobPublisher(
         registry,
         base,
-        Checkpoints(store, job_id),
+        checkpoints,
         tenant="default",
         job_id=job_id,
         max_bytes=1 << 20,

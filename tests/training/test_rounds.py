@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
 
 from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
 from storage.local_store import LocalObjectStore
-from storage.object_store import ObjectStore
+from storage.object_store import ObjectStore, StoredObject
 from storage.stores import open_store
+from tests.storage.passing_store import InterruptingStore, PassingStore
 from tests.training.round_parts import (
     JOB,
     SHORT_WORK,
@@ -17,6 +19,7 @@ from tests.training.round_parts import (
     WORK,
     KilledError,
     KillingStore,
+    SumPublisher,
     published,
     run_attempt,
 )
@@ -245,14 +248,92 @@ def test_a_job_does_not_go_on_with_what_another_one_trained(local: ObjectStore) 
             ask("e")
 
 
-def test_what_was_to_be_published_is_decided_once(store: ObjectStore) -> None:
+def joined(store: ObjectStore) -> Checkpoints:
+    """Of a worker of a new attempt."""
     checkpoints = Checkpoints(store, JOB)
-    assert checkpoints.finished("a") is None
-    assert checkpoints.keep_finished("a", {"x": b"1", "y": b"2"}) == {"x": b"1", "y": b"2"}
-    assert checkpoints.keep_finished("a", {"x": b"3"}) == {"x": b"1", "y": b"2"}
-    assert checkpoints.finished_adapters() == {"a"}
+    checkpoints.join(checkpoints.begin(WORK.digest))
+    return checkpoints
+
+
+def test_what_was_to_be_published_is_decided_once(store: ObjectStore) -> None:
+    first = joined(store)
+    assert first.finished.get("a") is None
+    assert first.keep_finished("a", {"x": b"1", "y": b"2"}) == {"x": b"1", "y": b"2"}
+    again = joined(store)
+    assert again.keep_finished("a", {"x": b"3"}) == {"x": b"1", "y": b"2"}
+    assert again.finished.names() == {"a"}
     store.put(f"jobs/{JOB}/checkpoints/finished/b.zip", b"PK")
     with pytest.raises(AdapterCorruptError, match=r"b\.zip"):
-        checkpoints.finished("b")
-    checkpoints.forget_finished()
-    assert checkpoints.finished("a") is None
+        again.finished.get("b")
+    again.finished.forget_all()
+    assert again.finished.get("a") is None
+
+
+@pytest.mark.usefixtures("undurable")
+def test_a_worker_that_wakes_when_a_later_attempt_has_ended_the_job_publishes_nothing(
+    local: ObjectStore,
+) -> None:
+    asleep = joined(local)
+    run_attempt(local, noise=1)
+    asleep.finished.forget_all()
+    with pytest.raises(OverloadedError, match="another attempt of the job 'job'"):
+        asleep.keep_finished("a", {"content": b"another last bit"})
+    assert not asleep.finished.names(), "and leaves nothing behind"
+
+
+@pytest.mark.usefixtures("undurable")
+def test_whenever_a_later_attempt_runs_both_publish_the_same(local: ObjectStore) -> None:
+    """It runs, from beginning to end, before each operation of the earlier one's publishing in turn."""
+    operations, has_happened = 0, True
+    while has_happened:
+        for info in [*local.list("jobs/"), *local.list("published/")]:
+            local.delete(info.key)
+        early = Checkpoints(local, JOB)
+        commit = early.begin(WORK.digest)
+
+        def later() -> None:
+            run_attempt(local, noise=1)
+            Checkpoints(local, JOB).finished.forget_all()
+
+        slow = InterruptingStore(local, operations, later)
+        worker = Checkpoints(slow, JOB)
+        worker.join(commit)
+        try:
+            SumPublisher(slow, worker)("a", b"a 32 0")
+        except OverloadedError:
+            assert slow.has_happened
+        has_happened = slow.has_happened
+        assert len(published(local)["a"]) == 1
+        if has_happened:
+            assert not worker.finished.names()
+        operations += 1
+    assert operations >= 4
+
+
+@pytest.mark.usefixtures("undurable")
+def test_a_rounds_objects_are_written_and_read_many_at_a_time(local: ObjectStore) -> None:
+    """Or many adapters on a store far away would cost seconds at each."""
+
+    class MeetingStore(PassingStore):
+        """Each passes only together with another one."""
+
+        meeting = threading.Barrier(2, timeout=30)
+
+        def put(self, key: str, data: bytes) -> None:
+            if "-000001/" in key:
+                self.meeting.wait()
+            super().put(key, data)
+
+        def get(self, key: str) -> StoredObject:
+            if "-000001/" in key:
+                self.meeting.wait()
+            return super().get(key)
+
+    work = replace(SHORT_WORK, steps_of_round=2)
+    dying = KillingStore(MeetingStore(local), 6)
+    with pytest.raises(KilledError):
+        run_attempt(dying, work=work)
+    commit = commit_of(local)
+    assert commit.round == 1 and {one.step for one in commit.adapters.values()} == {2}
+    run_attempt(MeetingStore(local), work=work)
+    assert set(published(local)) == {"a", "b"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,8 @@ from training.events import (
 from training.initial_rows import initial_rows, row_layouts
 from training.spec import AdapterSpec
 from training.trainable_rows import TrainableRows
+from training.trainer import MultiAdapterTrainer
+from workers.bank.bank import AdapterBank
 from workers.bank.layout import ModuleLayout
 
 MIXED = [
@@ -202,6 +206,33 @@ def test_the_shape_of_rows_is_known_before_there_are_any(spec: AdapterSpec) -> N
     rows = initial_rows(targets, shapes, torch.float32)
     expected = {path: ModuleLayout.of(one) for path, one in rows.modules.items()}
     assert row_layouts(targets, shapes, biased=shapes.keys()) == expected
+
+
+def test_the_rows_of_a_trainer_that_is_gone_are_free_before_the_next_one_takes_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = trainer(*MIXED, recorder=Recorder())
+    job.step()
+    base, specs = job._base, [run.spec for run in job.runs]
+    held: list[object] = [job.rows.bank, *(b.weight_KW for b in job.rows.blocks.values())]
+    rows = [weakref.ref(one) for one in held]
+    alive: list[int] = []
+
+    def next_bank(*args: Any, **options: Any) -> AdapterBank:
+        alive.append(sum(one() is not None for one in rows))
+        return AdapterBank(*args, **options)
+
+    monkeypatch.setattr("training.trainable_rows.AdapterBank", next_bank)
+    del job, held
+    recorder = Recorder()
+    MultiAdapterTrainer(
+        base,
+        [run_of(spec) for spec in specs],
+        publish=recorder.publish,
+        on_event=recorder.events.append,
+    ).step()
+    assert alive == [0]
+    assert len(recorder.of(AdapterStep)) == len(specs)
 
 
 @settings(max_examples=12, deadline=None)

@@ -52,7 +52,7 @@ class Outcome:
                 self.published.pop(event.adapter, None)
             case JobFinished():
                 self.is_finished = True
-            case JobFailed():
+            case JobFailed() if not event.is_taken_over:
                 self.failure = event.reason
 
     def tokens(self, adapter: str) -> int:

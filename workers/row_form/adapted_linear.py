@@ -66,6 +66,11 @@ class StepContext:
             self._indexed = (plan, snapshot)
         self._plan, self._snapshot = plan, snapshot
 
+    def forget(self) -> None:
+        """End the step, and keep nothing of any before."""
+        self.begin(None, None)
+        self._indices, self._indexed = {}, None
+
     def begin_given(self, indices: Mapping[str, StepIndex]) -> None:
         """Enter a step whose indices by path are made already."""
         self._given = indices
@@ -174,6 +179,13 @@ class AdapterLayers:
         self._bank = bank
         for path, layer in self.layers.items():
             layer.rows = bank.modules[path]
+
+    def unbind(self) -> None:
+        """Hold on to no bank, so that its memory is free once nobody else does."""
+        self._bank = None
+        self._context.forget()
+        for layer in self.layers.values():
+            layer.rows = None
 
     @property
     def step(self) -> object:
