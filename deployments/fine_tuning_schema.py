@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -28,6 +29,8 @@ _STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 _MAX_METADATA = 16
 _DEEPEST = 4
 _LONGEST = 1024
+_MAX_RANKS = 64
+_MODULE = re.compile(r"[\w.]{1,128}")
 
 Auto = Literal["auto"]
 
@@ -142,6 +145,7 @@ class CreateJob(BaseModel):
         """The adapter's fields, the hyperparameters among them."""
         _check_plain(self.adapter)
         fields = dict(self.adapter)
+        _check_rank_pattern(fields.get("rank_pattern"))
         for path, place in _ELSEWHERE.items():
             if _has(fields, path):
                 raise UnsupportedFieldError(
@@ -178,6 +182,21 @@ def _check_adapter(request: FineTuningRequest) -> None:
         if first["type"] == "extra_forbidden":
             raise UnsupportedFieldError(f"there is no field {param}", param=param) from None
         raise InvalidRequestError(f"{param}: {first['msg']}", param=param) from None
+
+
+def _check_rank_pattern(patterns: Any) -> None:
+    """Raises InvalidRequestError for regular expressions: one can take for ever to match, here in the ingress."""
+    if not isinstance(patterns, Mapping):
+        return  # refused with the other fields, by its type
+    param = "adapter.rank_pattern"
+    if len(patterns) > _MAX_RANKS:
+        raise InvalidRequestError(f"{param}: has more than {_MAX_RANKS} keys", param=param)
+    for name in patterns:
+        if not _MODULE.fullmatch(name):
+            raise InvalidRequestError(
+                f"{param}: {name[:64]!r} is not the plain name of a module, like q_proj",
+                param=param,
+            )
 
 
 def _check_plain(value: Any, path: str = "adapter") -> None:

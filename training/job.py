@@ -75,10 +75,19 @@ def _run(spec: str, job_id: str, settings: JobSettings, overrides: dict[str, Any
     except InvalidRequestError as error:
         if error.param == "job_id":
             raise  # no id of a job, or that of another one, which this is no news of
-        # Whoever waits for the job reads its events, not its log.
-        with JobStore(open_store(settings.storage), job_id).writer(DRIVER) as tell:
-            tell(JobFailed(job_id, error.message))
+        _tell_failure(settings, job_id, error.message)
         raise
+    except (FloraError, OSError, MemoryError):
+        raise  # nothing about the job: another attempt may do better
+    except Exception as error:
+        _tell_failure(settings, job_id, f"the job met an unexpected error ({type(error).__name__})")
+        raise
+
+
+def _tell_failure(settings: JobSettings, job_id: str, reason: str) -> None:
+    """Whoever waits for the job reads its events, not its log."""
+    with JobStore(open_store(settings.storage), job_id).writer(DRIVER) as tell:
+        tell(JobFailed(job_id, reason))
 
 
 def new_job_id(spec: str) -> str:

@@ -27,6 +27,10 @@ FEEDFORWARD_MODULES = ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj")
 """Last layers of feedforward blocks by their usual names: IA3 scales what goes into them."""
 
 
+MAX_STEPS = 10_000_000
+"""Far beyond any use; larger numbers are slips, and some of them no float can hold."""
+
+
 class Evaluation(BaseModel):
     """Held-out examples, by a file of their own or as a part of the training file."""
 
@@ -34,7 +38,7 @@ class Evaluation(BaseModel):
 
     data: Path | None = None
     fraction: float | None = Field(default=None, gt=0, le=0.5, description="Of the training file.")
-    every_steps: int = Field(default=20, ge=1)
+    every_steps: int = Field(default=20, ge=1, le=MAX_STEPS)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -51,7 +55,7 @@ class EarlyStop(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    patience: int = Field(default=3, ge=1)
+    patience: int = Field(default=3, ge=1, le=MAX_STEPS)
     min_improvement: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
@@ -97,7 +101,7 @@ class AdapterSpec(BaseModel):
         description="If unset 8e-3 for FLoRA, 3e-3 for IA3, 2e-4 for LoRA and its kin.",
     )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=MAX_STEPS)
     weight_decay: float = Field(
         default=0.0,
         ge=0,
@@ -107,9 +111,13 @@ class AdapterSpec(BaseModel):
     clip_norm: float | None = Field(
         default=1.0, gt=0, description="Largest norm of the adapter's gradient; null: no clipping."
     )
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     epochs: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="3 if steps is unset too."
+        default=None,
+        gt=0,
+        le=1_000_000,
+        allow_inf_nan=False,
+        description="3 if steps is unset too.",
     )
     evaluation: Evaluation | None = None
     early_stop: EarlyStop | None = None

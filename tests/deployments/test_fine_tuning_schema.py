@@ -55,3 +55,26 @@ def test_hyperparameters_become_the_adapters_fields() -> None:
     evaluation = held_out.adapter_spec("data.jsonl", "held-out.jsonl").evaluation
     assert evaluation is not None
     assert (str(evaluation.data), evaluation.every_steps) == ("held-out.jsonl", 5)
+
+
+@pytest.mark.parametrize(
+    "patterns", [{r"((\w|\.)+)+!": 2}, {"": 2}, {"q" * 200: 2}, {f"m{n}": 2 for n in range(65)}]
+)
+def test_ranks_are_by_plain_module_names(patterns: dict[str, int]) -> None:
+    """A regular expression of a stranger's could hold the whole process up while it is matched."""
+    with pytest.raises(InvalidRequestError) as caught:
+        asked({"rank_pattern": patterns})
+    assert caught.value.param == "adapter.rank_pattern"
+    kept = asked({"rank_pattern": {"layers.0.q_proj": 2}}).adapter_spec("d", None)
+    assert kept.rank_of("model.layers.0.q_proj") == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 10**400), ("epochs", 1e308), ("warmup_steps", 10**400)],
+    ids=["steps", "epochs", "warmup"],
+)
+def test_a_length_that_nobody_could_train_is_refused(field: str, value: float) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        asked({field: value})
+    assert caught.value.param == f"adapter.{field}"

@@ -11,6 +11,8 @@ import pytest
 from storage.config import StorageSettings
 from storage.errors import SpecificationError
 from storage.local_store import LocalObjectStore
+from storage.stores import open_store
+from training import job
 from training.config import TrainingSettings
 from training.events import JobFailed
 from training.job import main, new_job_id
@@ -109,6 +111,25 @@ def test_whoever_waits_for_a_stored_specification_is_told_that_it_was_refused(
     (told,) = JobStore(store, "a").read_events().events
     assert isinstance(told, JobFailed)
     assert re.search(says, told.reason)
+
+
+def test_a_job_that_meets_an_error_nobody_thought_of_says_so_once_and_for_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else whoever waits for it would start it again and again."""
+    monkeypatch.setenv("FLORA_STORAGE__REGISTRY", str(tmp_path / "registry"))
+    monkeypatch.setenv("FLORA_TRAINING__STORAGE_PATH", str(tmp_path / "jobs"))
+
+    def broken(*_: object) -> None:
+        raise OverflowError("a secret of the machine's")
+
+    monkeypatch.setattr(job, "read_spec", broken)
+    with pytest.raises(OverflowError):
+        main(["spec.yaml", "--job-id", "one"])
+    store = open_store(StorageSettings(registry=str(tmp_path / "registry")))
+    (event,) = JobStore(store, "one").read_events().events
+    assert isinstance(event, JobFailed)
+    assert "OverflowError" in event.reason and "secret" not in event.reason
 
 
 def test_job_ids_say_what_they_are_of_and_are_never_the_same() -> None:
