@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,16 @@ import torch
 
 from benchmarks.command import parse, parser_of
 from benchmarks.results_file import Row, own_side, print_rows, write_result
-from training.activation_memory import measure_activations
+from training.activation_bytes import RunBytes
+from training.activation_memory import measure_run
 from training.adapter_run import AdapterData, AdapterRun
 from training.frozen_base import FrozenBase
 from training.job_memory import adapter_needs, base_shape
-from training.memory_model import estimated_activations, step_bytes
+from training.memory_model import activation_bytes, estimated_runs, step_bytes
 from training.spec import AdapterSpec
 from training.tokens import TokenSequence
 from training.trainer import MultiAdapterTrainer
-from workers.large_pages import VARIABLE
+from workers.large_pages import kept_memory
 from workers.models.loading import load_base
 
 CLAIM = "What training takes of memory is known before it starts: never less than it takes, nor much more."
@@ -49,12 +50,15 @@ class Case:
     tokens: int
     dtype: str = "float32"
     is_checkpointed: bool = False
+    beside: str | None = None
+    """Of every second adapter, another family."""
 
     @property
     def title(self) -> str:
         kept = ", activations computed again" if self.is_checkpointed else ""
         rank = "" if self.family == "ia3" else f" r{self.rank}"
-        return f"{self.adapters} {self.family}{rank}, {self.tokens} tokens each, {self.dtype}{kept}"
+        other = f" and {self.beside}" if self.beside else ""
+        return f"{self.adapters} {self.family}{other}{rank}, {self.tokens} tokens each, {self.dtype}{kept}"
 
 
 CASES = (
@@ -63,6 +67,11 @@ CASES = (
     Case("dora", 4, 4, 64),
     Case("flora", 4, 2, 256, is_checkpointed=True),
     Case("lora", 64, 16, 16, dtype="bfloat16"),
+    Case("flora", 5, 8, 64, dtype="bfloat16"),
+    Case("flora", 8, 16, 32, dtype="bfloat16"),
+    Case("flora", 4, 8, 96, dtype="bfloat16"),
+    Case("lora", 8, 16, 8),
+    Case("flora", 8, 6, 128, dtype="bfloat16", beside="dora"),
 )
 
 
@@ -86,11 +95,9 @@ def measure(base: Path, rounds: int, cases: Sequence[Case] = CASES) -> list[Row]
 
 
 def _in_a_process(base: Path, case: Case) -> dict[str, int]:
-    # As a worker is started: without what the C library is told for served engines.
-    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
     ended = subprocess.run(
         [sys.executable, "-m", __spec__.name, "--case", json.dumps(asdict(case)), str(base)],
-        env=environment,
+        env={**os.environ, **kept_memory()},  # as a worker is started
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -111,18 +118,22 @@ def take_steps(case: Case, base: Path) -> dict[str, int]:
     runs = [_run(case, number) for number in range(case.adapters)]
     needs = [adapter_needs(shape, run.spec, run.data) for run in runs]
 
-    def said(kept: Any) -> int:
+    def said(of_runs: Mapping[str, RunBytes]) -> int:
         return step_bytes(
             shape,
             needs,
-            kept,
+            activation_bytes(shape, needs, of_runs),
             max_resident=case.adapters,
             step_tokens=case.adapters * case.tokens,
             checkpoint=case.is_checkpointed,
         ).total
 
-    estimate = said(estimated_activations(shape, needs))
-    fitted = said(measure_activations(frozen, runs[0].spec))
+    estimate = said(estimated_runs(shape, needs))
+    measured = {
+        family: measure_run(frozen, next(run.spec for run in runs if run.spec.family == family))
+        for family in {run.spec.family for run in runs}
+    }
+    fitted = said({run.name: measured[run.spec.family] for run in runs})
     trainer = MultiAdapterTrainer(
         frozen, runs, publish=_never, on_event=lambda event: None, max_step_tokens=1 << 30
     )
@@ -137,7 +148,7 @@ def _run(case: Case, number: int) -> AdapterRun:
         {
             "name": f"adapter-{number}",
             "data": "random.jsonl",
-            "family": case.family,
+            "family": case.beside if case.beside and number % 2 else case.family,
             "rank": case.rank,
             "steps": 1_000_000,
             "batch_size": 1,

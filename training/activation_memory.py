@@ -1,16 +1,16 @@
-"""What a forward keeps for its backward, measured on the model itself by a short forward of one adapter.
+"""What a forward keeps for its backward, measured on the model itself by short forwards of an adapter.
 
-It is linear in the tokens of the stream: attention keeps no scores, and logits are made in chunks.
+Between two lengths at which a mode begins it is linear in the tokens of a run: attention keeps no scores, and logits
+are made in chunks.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from training.activation_bytes import RunBytes, longest_by_token, run_lengths
 from training.batches import OwnedSequence, pack
 from training.frozen_base import FrozenBase
 from training.initial_rows import initial_rows, row_layouts
@@ -18,25 +18,11 @@ from training.spec import AdapterSpec
 from training.tokens import TokenSequence
 from training.trainable_rows import TrainableRows
 
-_PROBE_SEQUENCES, _PROBE_TOKENS = 2, 64
+_PROBE_TOKENS = 64  # of one sequence
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationBytes:
-    """Bytes that a token of the stream keeps from its forward to its backward."""
-
-    per_token: int
-    """Of all decoder layers."""
-    per_token_checkpointed: int
-    """The inputs of all layers, and everything of the one layer that is being computed again."""
-
-    def of(self, num_tokens: int, *, checkpointed: bool) -> int:
-        """Of one forward of so many tokens; logits apart."""
-        return num_tokens * (self.per_token_checkpointed if checkpointed else self.per_token)
-
-
-def measure_activations(base: FrozenBase, spec: AdapterSpec) -> ActivationBytes:
-    """Measure with an adapter, which should be the one of its job with the most rows.
+def measure_run(base: FrozenBase, spec: AdapterSpec) -> RunBytes:
+    """What runs of an adapter keep, whatever their length.
 
     The base's layers are bound to rows of this measurement afterwards: make the trainer later. A base that checkpoints
     its activations answers the same.
@@ -49,15 +35,24 @@ def measure_activations(base: FrozenBase, spec: AdapterSpec) -> ActivationBytes:
     layouts = row_layouts(spec, projections, base.layers.biases)
     rows = TrainableRows(base.layers, [layouts], 1, dtype, base.device)
     rows.admit(0, initial_rows(spec, projections, dtype))
-    per_token = -(-_kept_bytes(base, rows) // (_PROBE_SEQUENCES * _PROBE_TOKENS))
-    boundaries = base.num_layers * base.hidden_size * base.dtype.itemsize
-    return ActivationBytes(per_token, boundaries + -(-per_token // base.num_layers))
+    of_one = _kept_bytes(
+        base, rows, 1
+    )  # many rows for each token would take much memory to look at
+    by_token = longest_by_token(layouts, base.dtype)
+    return RunBytes(
+        tuple(
+            (length, length * of_one if length <= by_token else _kept_bytes(base, rows, length))
+            for length in run_lengths(layouts, base.dtype)
+        )
+    )
 
 
-def _kept_bytes(base: FrozenBase, rows: TrainableRows) -> int:
-    """Of all storages that the backward of a forward would read, but for weights and rows."""
-    tokens = TokenSequence((0,) * (_PROBE_TOKENS + 1), (True,) * (_PROBE_TOKENS + 1))
-    owned = [OwnedSequence(0, rows.slot_of(0), tokens)] * _PROBE_SEQUENCES
+def _kept_bytes(base: FrozenBase, rows: TrainableRows, num_tokens: int) -> int:
+    """Of all storages that the backward of a run's forward would read, but for weights and rows."""
+    owned = [
+        OwnedSequence(0, rows.slot_of(0), TokenSequence((0,) * (n + 1), (True,) * (n + 1)))
+        for n in _sequences(num_tokens)
+    ]
     packed = pack(owned, rows.bank.resident_slots, base.device)
     lasting = [*base.weights(), *(block.weight_KW for block in rows.blocks.values())]
     places = {tensor.untyped_storage().data_ptr() for tensor in lasting}
@@ -73,3 +68,9 @@ def _kept_bytes(base: FrozenBase, rows: TrainableRows) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor), base.keeping_activations():
         base.hidden_states(packed.tokens_T, packed.positions_T, packed.attention)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def _sequences(num_tokens: int) -> list[int]:
+    """All of one length, so that attention pads nothing, and none longer than a probe."""
+    length = max(n for n in range(1, _PROBE_TOKENS + 1) if num_tokens % n == 0)
+    return [length] * (num_tokens // length)

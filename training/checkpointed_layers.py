@@ -18,33 +18,41 @@ class CheckpointedLayers:
     """The layers of a decoder, changed in place. The same arithmetic runs again, so gradients are the same to the bit.
 
     What a layer computes again is the step it computed first: its backward runs before `layers` begins another step,
-    or raises RuntimeError. Layers have no random part, as a frozen model in evaluation mode has none.
-
-    Raises:
-        InvalidRequestError: the model does not say which of its modules are its layers.
+    or raises RuntimeError. Layers have no random part, as a frozen model in evaluation mode has none. Off at first.
     """
 
     def __init__(self, decoder: nn.Module, layers: AdapterLayers) -> None:
         self._layers = layers
-        self._is_on = True
-        found = [one for one in decoder.modules() if isinstance(one, GradientCheckpointingLayer)]
-        if not found:
+        self._name = type(decoder).__name__
+        self._is_on = False
+        self._found = [
+            one for one in decoder.modules() if isinstance(one, GradientCheckpointingLayer)
+        ]
+        for layer in self._found:
+            layer.forward = self._recomputed(layer.forward)
+
+    def switch(self, is_on: bool) -> None:
+        """From the next forward on.
+
+        Raises:
+            InvalidRequestError: the model does not say which of its modules are its layers.
+        """
+        if is_on and not self._found:
             raise InvalidRequestError(
-                f"{type(decoder).__name__} does not say which of its modules are its layers, so their activations "
+                f"{self._name} does not say which of its modules are its layers, so their activations "
                 "cannot be computed again; set checkpoint_activations to false",
                 param="checkpoint_activations",
             )
-        for layer in found:
-            layer.forward = self._recomputed(layer.forward)
+        self._is_on = is_on
 
     @contextmanager
     def off(self) -> Iterator[None]:
         """Activations of forwards in here are kept."""
-        self._is_on = False
+        before, self._is_on = self._is_on, False
         try:
             yield
         finally:
-            self._is_on = True
+            self._is_on = before
 
     def _recomputed(self, forward: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:

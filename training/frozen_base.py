@@ -6,8 +6,8 @@ Shape legend: T tokens of the stream, L positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class FrozenBase:
     device: torch.device
     digest: str
     _decoder: nn.Module
-    _checkpointed: CheckpointedLayers | None = None
+    _checkpointed: CheckpointedLayers
 
     @classmethod
     def adopt(
@@ -46,8 +46,7 @@ class FrozenBase:
 
         Args:
             max_tokens: the longest sequence it will see.
-            checkpoint_activations: a decoder layer keeps its input only; the backward computes the rest again, which
-                takes about a third longer. `training.activation_memory` says what it saves.
+            checkpoint_activations: as the method of that name.
 
         Raises:
             InvalidRequestError: names what the model needs and training does not have.
@@ -66,11 +65,10 @@ class FrozenBase:
             device=model.device,
             digest=base.digest,
             _decoder=model.get_decoder(),
+            _checkpointed=CheckpointedLayers(model.get_decoder(), layers),
         )
         frozen._refuse_other_heads(model)
-        if checkpoint_activations:
-            checkpointed = CheckpointedLayers(frozen._decoder, layers)
-            frozen = replace(frozen, _checkpointed=checkpointed)
+        frozen.checkpoint_activations(checkpoint_activations)
         return frozen
 
     @property
@@ -88,9 +86,20 @@ class FrozenBase:
         yield from self._decoder.buffers()
         yield from map(self.layers.base_weight, self.layers.layers)
 
+    def checkpoint_activations(self, is_on: bool) -> None:
+        """From the next forward on, a decoder layer keeps its input only, or everything.
+
+        The backward computes the rest again, which takes about a third longer. `training.activation_memory` says what
+        that saves.
+
+        Raises:
+            InvalidRequestError: the model does not say which of its modules are its layers.
+        """
+        self._checkpointed.switch(is_on)
+
     def keeping_activations(self) -> AbstractContextManager[None]:
-        """Around forwards that are to keep them, whatever the base was adopted for."""
-        return nullcontext() if self._checkpointed is None else self._checkpointed.off()
+        """Around forwards that are to keep them, whatever the base was told."""
+        return self._checkpointed.off()
 
     def hidden_states(
         self, tokens_T: Tensor, positions_T: Tensor, attention: PackedAttention

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from training.activation_memory import ActivationBytes, measure_activations
+from storage.errors import SpecificationError
+from training.activation_bytes import RunBytes
+from training.activation_memory import measure_run
 from training.adapter_run import AdapterData
 from training.config import TrainingSettings
 from training.frozen_base import FrozenBase
@@ -19,7 +21,8 @@ from training.memory_model import (
     AdapterNeeds,
     BaseShape,
     StepLimits,
-    estimated_activations,
+    activation_bytes,
+    estimated_runs,
     plan_steps,
 )
 from training.spec import AdapterSpec
@@ -33,41 +36,59 @@ _SHARE_OF_GPU = 0.9
 
 @dataclass(frozen=True, eq=False)
 class FittedBase:
-    """A base ready to train any of a job's adapters, and what their activations were measured to take on it."""
+    """A base ready to train any of a job's adapters, and what their runs were measured to keep on it."""
 
     base: FrozenBase
     _config: PretrainedConfig
-    _kept: ActivationBytes
+    _runs: Mapping[str, RunBytes]
     _settings: TrainingSettings
 
     @classmethod
     def adopt(
-        cls,
-        loaded: LoadedBase,
-        adapters: Sequence[AdapterSpec],
-        data: Mapping[str, AdapterData],
-        settings: TrainingSettings,
+        cls, loaded: LoadedBase, adapters: Sequence[AdapterSpec], settings: TrainingSettings
     ) -> Self:
-        """Raises as `trainer_limits` and `FrozenBase.adopt`."""
-        config, dtype = loaded.model.config, loaded.model.dtype
-        limits = trainer_limits(config, adapters, data, dtype, settings)
-        checkpoint = limits is not None and limits.checkpoint_activations
-        base = FrozenBase.adopt(
-            loaded,
-            max_tokens=max(one.sequence_length for one in adapters),
-            checkpoint_activations=checkpoint,
-        )
-        kept = measure_activations(base, max(adapters, key=lambda one: one.rank))
-        decided = settings.model_copy(update={"checkpoint_activations": checkpoint})
-        return cls(base, config, kept, decided)
+        """Raises as `FrozenBase.adopt`."""
+        config = loaded.model.config
+        base = FrozenBase.adopt(loaded, max_tokens=max(one.sequence_length for one in adapters))
+        return cls(base, config, _measured_runs(base, adapters), settings)
 
-    def limits(
+    def fit(
         self, adapters: Sequence[AdapterSpec], data: Mapping[str, AdapterData]
     ) -> StepLimits | None:
-        """As `trainer_limits`, of some of the adapters."""
-        return trainer_limits(
-            self._config, adapters, data, self.base.dtype, self._settings, self._kept
-        )
+        """Make the base ready for a trainer of some of the adapters; None where the budget is not known here.
+
+        Whom `trainer_limits` admitted by the estimate, nobody refuses for what was measured: to start a worker again
+        would not help.
+
+        Raises:
+            SpecificationError: as it did.
+        """
+
+        def limits(runs: Mapping[str, RunBytes] | None) -> StepLimits | None:
+            return trainer_limits(
+                self._config, adapters, data, self.base.dtype, self._settings, runs
+            )
+
+        try:
+            found = limits(self._runs)
+        except SpecificationError:
+            found = limits(None)
+        wanted = self._settings.checkpoint_activations is True
+        self.base.checkpoint_activations(found.checkpoint_activations if found else wanted)
+        return found
+
+
+def _measured_runs(base: FrozenBase, adapters: Sequence[AdapterSpec]) -> dict[str, RunBytes]:
+    """By adapter; those of one shape are alike."""
+    measured: dict[object, RunBytes] = {}
+    runs = {}
+    for one in adapters:
+        layouts = row_layouts(one, base.layers.projections, base.layers.biases)
+        shape = frozenset(layouts.items())
+        if shape not in measured:
+            measured[shape] = measure_run(base, one)
+        runs[one.name] = measured[shape]
+    return runs
 
 
 def trainer_limits(
@@ -76,29 +97,35 @@ def trainer_limits(
     data: Mapping[str, AdapterData],
     dtype: torch.dtype,
     settings: TrainingSettings,
-    kept: ActivationBytes | None = None,
+    runs: Mapping[str, RunBytes] | None = None,
 ) -> StepLimits | None:
     """How one trainer of these adapters shall go about it; None where the budget is not known here.
 
     Args:
-        kept: measured on the model, where there is one; else estimated.
+        runs: what theirs keep, by name, measured on the model where there is one; else estimated.
 
     Raises:
-        SpecificationError: one of them cannot train in the budget.
+        SpecificationError: one of them cannot train in the budget, or activations cannot be made again as it is wanted.
     """
+    base = base_shape(config, dtype)
+    wanted = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
+    if wanted and not base.can_checkpoint:
+        raise SpecificationError(
+            f"a model of type {config.model_type} does not say which of its modules are its layers, so their "
+            "activations cannot be computed again; set training.checkpoint_activations to auto or false",
+            param="training.checkpoint_activations",
+        )
     budget = memory_budget(settings)
     if budget is None:
         return None
-    base = base_shape(config, dtype)
     needs = [adapter_needs(base, adapter, data[adapter.name]) for adapter in adapters]
-    wanted = None if settings.checkpoint_activations == "auto" else settings.checkpoint_activations
     return plan_steps(
         base,
         needs,
-        kept or estimated_activations(base, needs),
+        activation_bytes(base, needs, runs or estimated_runs(base, needs)),
         budget=budget,
         max_step_tokens=settings.max_step_tokens,
-        checkpoint=wanted if base.can_checkpoint else bool(wanted),
+        checkpoint=wanted if base.can_checkpoint else False,
     )
 
 
@@ -144,6 +171,7 @@ def adapter_needs(base: BaseShape, spec: AdapterSpec, data: AdapterData) -> Adap
         name=spec.name,
         layouts=row_layouts(spec, base.projections, base.biased),
         longest_tokens=longest,
+        fewest_tokens=min(training) * spec.batch_size,
         step_tokens=max(1, round(sum(training) / len(training) * spec.batch_size)),
         most_tokens=longest * spec.batch_size,
     )

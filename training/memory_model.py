@@ -9,15 +9,16 @@ Shape legend: I input features, O output features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from storage.errors import SpecificationError
-from training.activation_memory import ActivationBytes
+from training.activation_bytes import ActivationBytes, RunBytes
 from training.completion_loss import CHUNK_POSITIONS
-from training.kept_bytes import kept_bytes_per_token, row_bytes_per_token
+from training.kept_bytes import estimated_run, row_bytes
 from training.row_room import RowLayouts, RowRoom
 from workers.row_form.weight_product import scratch_bound
 
@@ -27,10 +28,8 @@ FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
 BACKWARD = 1.4
 """What activations take at the peak, beside what a forward keeps: their gradients on the way. Measured: 1.3 to 1.4."""
-PROBE_TOKENS = 128
-"""Of the forward that measures activations; allocators do not give back what it kept."""
 SLACK = 0.25
-"""Of what comes and goes: what an allocator cannot use, and attention's padding. Measured: 0.12 to 0.2."""
+"""Of what comes and goes: what an allocator cannot use, attention's padding, and what modes side by side make twice."""
 _OF_A_ROW = 4  # weight, gradient, two moments
 _OF_AN_UPDATE = 6  # tensors of the largest width's rows that exist at once
 _OF_LOGITS = 3  # beside those in the base's type: their logarithms, and a gradient of each
@@ -52,11 +51,12 @@ class BaseShape:
 
 @dataclass(frozen=True)
 class AdapterNeeds:
-    """One adapter: its rows, and the tokens of its longest sequence, of an ordinary step and of the largest one."""
+    """One adapter: its rows, the tokens of its longest sequence, and of its shortest, ordinary and longest steps."""
 
     name: str
     layouts: RowLayouts
     longest_tokens: int
+    fewest_tokens: int
     step_tokens: int
     most_tokens: int
 
@@ -104,14 +104,36 @@ class StepLimits:
     needs: StepBytes = field(repr=False)
 
 
-def estimated_activations(base: BaseShape, adapters: Sequence[AdapterNeeds]) -> ActivationBytes:
-    """What a token keeps with the hungriest of the adapters, before there is a model to measure it on."""
-    per_token = max(
-        kept_bytes_per_token(base.projections, one.layouts, one.step_tokens, base.dtype)
-        for one in adapters
+def estimated_runs(base: BaseShape, adapters: Sequence[AdapterNeeds]) -> dict[str, RunBytes]:
+    """By adapter, before there is a model to measure them on."""
+    return {one.name: estimated_run(base.projections, one.layouts, base.dtype) for one in adapters}
+
+
+def activation_bytes(
+    base: BaseShape, adapters: Sequence[AdapterNeeds], runs: Mapping[str, RunBytes]
+) -> ActivationBytes:
+    """What streams of these adapters keep, each with one run as long as a step of its own."""
+    per_token = math.ceil(max(runs[one.name].per_token for one in adapters))
+    of_a_run, rows_of_a_run = {}, {}
+    beyond = rows_of_a_token = 0.0
+    for one in adapters:
+        run = runs[one.name]
+        lengths = run.corners(one.fewest_tokens, one.most_tokens)
+        rows = {n: row_bytes(base.projections, one.layouts, n, base.dtype) for n in lengths}
+        rows_of_a_run[one.name] = max(rows.values())
+        rows_of_a_token = max(rows_of_a_token, *(of_all / n for n, of_all in rows.items()))
+        of_a_run[one.name] = math.ceil(max(0.0, *(run.of(n) - n * per_token for n in lengths)))
+        beyond = max(beyond, *(run.of(n) / n - per_token for n in lengths))
+    return ActivationBytes(
+        per_token=per_token,
+        of_a_run=of_a_run,
+        beyond=math.ceil(beyond),
+        layer_inputs=base.num_layers * base.hidden * base.dtype.itemsize,
+        num_layers=base.num_layers,
+        rows_of_a_run=rows_of_a_run,
+        rows_of_a_token=math.ceil(rows_of_a_token),
+        measuring=max(runs[one.name].points[-1][1] for one in adapters),
     )
-    inputs = base.num_layers * base.hidden * base.dtype.itemsize
-    return ActivationBytes(per_token, inputs + -(-per_token // base.num_layers))
 
 
 def step_bytes(
@@ -127,22 +149,18 @@ def step_bytes(
     wide = torch.promote_types(base.dtype, torch.float32)
     room = RowRoom.of([one.layouts for one in adapters], base.projections, max_resident)
     numbers = room.numbers(base.projections).values()
-    in_rows = max(
-        row_bytes_per_token(base.projections, one.layouts, one.step_tokens, base.dtype)
-        for one in adapters
-    )
+    names = [one.name for one in adapters]
+    activations = kept.of(step_tokens, names, max_resident, checkpointed=checkpoint)
+    in_rows = kept.in_rows(step_tokens, names, max_resident)
     chunk = min(CHUNK_POSITIONS, step_tokens) * base.vocabulary
     return StepBytes(
         process=PROCESS_BYTES,
         base=base.parameters * base.dtype.itemsize,
         rows=(_OF_A_ROW * sum(numbers) + _OF_AN_UPDATE * max(numbers)) * wide.itemsize,
-        activations=max(
-            round(BACKWARD * kept.of(step_tokens, checkpointed=checkpoint)),
-            kept.of(PROBE_TOKENS, checkpointed=False),
-        ),
+        activations=max(round(BACKWARD * activations), kept.measuring),
         logits=chunk * (base.dtype.itemsize + _OF_LOGITS * wide.itemsize),
         # M, its gradient's, W0 beside them; or the rows of one projection.
-        scratch=max(3 * scratch_bound(base.projections, 1, wide), step_tokens * in_rows),
+        scratch=max(3 * scratch_bound(base.projections, 1, wide), in_rows),
     )
 
 

@@ -97,7 +97,7 @@ def _trainers(task: WorkerTask, publish: Publish, tell: EventSink) -> Build:
     def build(share: Sequence[str]) -> MultiAdapterTrainer:
         if not loaded:
             loaded.append(_fitted_base(task))
-        limits = loaded[0].limits([specs[name] for name in share], plan.data)
+        limits = loaded[0].fit([specs[name] for name in share], plan.data)
         return MultiAdapterTrainer(
             loaded[0].base,
             [AdapterRun(specs[name], plan.data[name], plan.num_steps[name]) for name in share],
@@ -114,4 +114,4 @@ def _fitted_base(task: WorkerTask) -> FittedBase:
     spec = task.plan.spec
     base = find_base(spec.base, task.storage)
     loaded = load_base(str(base), getattr(torch, spec.dtype), ray.train.torch.get_device())
-    return FittedBase.adopt(loaded, spec.adapters, task.plan.data, task.training)
+    return FittedBase.adopt(loaded, spec.adapters, task.training)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from tests.training.tiny_jobs import Recorder, adapter, tiny_base, trained, trainer
-from training.activation_memory import measure_activations
+from training.activation_memory import measure_run
 from training.batches import OwnedSequence, pack
 from training.tokens import TokenSequence
 
@@ -49,13 +51,37 @@ def test_a_backward_after_another_step_began_is_refused() -> None:
         hidden_TH.sum().backward()
 
 
-def test_what_a_token_keeps_is_measured_and_much_less_when_checkpointed() -> None:
+def test_what_a_run_keeps_is_measured_whatever_the_base_was_told() -> None:
     plain, checkpointed = (
-        measure_activations(tiny_base(checkpoint_activations=on), adapter("a", rank=4))
+        measure_run(tiny_base(checkpoint_activations=on), adapter("a", rank=4))
         for on in (False, True)
     )
     assert plain == checkpointed, "the answer is about the model, not about how it was adopted"
-    hidden = 32 * 4
-    assert plain.per_token > 2 * 4 * hidden, "at least four different inputs of projections a layer"
-    assert plain.per_token_checkpointed == 2 * hidden + -(-plain.per_token // 2)
-    assert plain.of(100, checkpointed=False) == 100 * plain.per_token
+    assert plain.per_token > 2 * 4 * 32 * 4, "four different inputs of projections in each layer"
+
+
+def test_a_base_changes_between_keeping_and_computing_again() -> None:
+    training = trainer(SPECS[0], recorder=Recorder())
+    training.start()
+    base = training._base
+    tokens = TokenSequence((3, 4, 5, 6), (True,) * 4)
+    owned = [OwnedSequence(0, training.rows.slot_of(0), tokens)]
+    packed = pack(owned, training.rows.bank.resident_slots, base.device)
+
+    def saved() -> int:
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        base.layers.begin_step(packed.plan)
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            base.hidden_states(packed.tokens_T, packed.positions_T, packed.attention)
+        return len(kept)
+
+    everything = saved()
+    base.checkpoint_activations(True)
+    assert saved() < everything / 4
+    base.checkpoint_activations(False)
+    assert saved() == everything

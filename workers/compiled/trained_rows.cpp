@@ -51,22 +51,28 @@ void copy(const T* from, T* to, int64_t begin, int64_t end) {
     std::memcpy(to + begin, from + begin, (end - begin) * sizeof(T));
 }
 
+// Columns of the tokens that need the base product, then of x_t * rows[page_j] for every mul row.
+template <class T>
+void stack(const TrainedStep& step, const T* x, const float* rows, const int64_t* page,
+           int64_t columns, int64_t from, int64_t to, T* out) {
+    for (int64_t i = 0; i < step.base_tokens; ++i)
+        copy(x + step.token_of(i) * columns, out + i * columns, from, to);
+    for (int64_t j = 0; j < step.mul_rows; ++j) {
+        const T* one = x + step.token[j] * columns;
+        const float* scale = rows + page[j] * columns;
+        T* row = out + (step.base_tokens + j) * columns;
+        each_column(from, to, [&](int64_t k, auto left) {
+            auto right = left;
+            fetch(left, one + k), fetch(right, scale + k);
+            put(row + k, left * right);
+        });
+    }
+}
+
 template <class T>
 void stack_inputs(const TrainedStep& step, const T* x, T* out) {
-    int64_t inputs = step.inputs;
-    by_columns(inputs, [&](int64_t from, int64_t to) {
-        for (int64_t i = 0; i < step.base_tokens; ++i)
-            copy(x + step.token_of(i) * inputs, out + i * inputs, from, to);
-        for (int64_t j = 0; j < step.mul_rows; ++j) {
-            const T* one = x + step.token[j] * inputs;
-            const float* b = step.in_rows + step.in_page[j] * inputs;
-            T* row = out + (step.base_tokens + j) * inputs;
-            each_column(from, to, [&](int64_t k, auto left) {
-                auto right = left;
-                fetch(left, one + k), fetch(right, b + k);
-                put(row + k, left * right);
-            });
-        }
+    by_columns(step.inputs, [&](int64_t from, int64_t to) {
+        stack(step, x, step.in_rows, step.in_page, step.inputs, from, to, out);
     });
 }
 
@@ -112,18 +118,7 @@ template <class T>
 void stack_gradients(const TrainedStep& step, const T* gradient, const T* z, T* out, float* da) {
     int64_t outputs = step.outputs;
     by_columns(outputs, [&](int64_t from, int64_t to) {
-        for (int64_t i = 0; i < step.base_tokens; ++i)
-            copy(gradient + step.token_of(i) * outputs, out + i * outputs, from, to);
-        for (int64_t j = 0; j < step.mul_rows; ++j) {
-            const T* one = gradient + step.token[j] * outputs;
-            const float* a = step.out_rows + step.out_page[j] * outputs;
-            T* row = out + (step.base_tokens + j) * outputs;
-            each_column(from, to, [&](int64_t k, auto left) {
-                auto right = left;
-                fetch(left, one + k), fetch(right, a + k);
-                put(row + k, left * right);
-            });
-        }
+        stack(step, gradient, step.out_rows, step.out_page, outputs, from, to, out);
         add_to_pages(step, gradient, z, step.out_page, outputs, from, to, da);
     });
 }

@@ -69,12 +69,12 @@ class CompiledTrainedLoops:
     def stack_gradients(
         self, gradient_TO: Tensor, z_RO: Tensor, out_rows_NO: Tensor, index: ModuleIndex
     ) -> tuple[Tensor, Tensor]:
-        gradient_TO = self._checked(gradient_TO)
+        gradient_TO, z_RO = self._checked(gradient_TO), self._checked(z_RO)
         step = _step(index, out_rows=out_rows_NO)
         rows_MO = gradient_TO.new_empty(step.base_tokens + step.mul_rows, step.outputs)
         da_NO = torch.zeros_like(out_rows_NO)
         self._stack_gradients(
-            *(ctypes.addressof(step), gradient_TO.data_ptr(), self._checked(z_RO).data_ptr()),
+            *(ctypes.addressof(step), gradient_TO.data_ptr(), z_RO.data_ptr()),
             *(rows_MO.data_ptr(), da_NO.data_ptr()),
         )
         return rows_MO, da_NO

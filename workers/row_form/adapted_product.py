@@ -3,8 +3,8 @@
     y = c ∘ [ offset · x W0ᵀ + Σ_mul a_j ∘ ((b_j ∘ x) W0ᵀ) ] + Σ_add g_e · (x · p_e) q_e + bias'
 
 Plain differentiable torch: serving and training run the same code, training with a backward of its own for products
-(`TrainedProduct`). Tokens of one adapter never enter a sum with
-another's: rows are selected, never multiplied by a mask, because 0 × inf is NaN.
+(`TrainedProduct`). Tokens of one adapter never enter a sum with another's: rows are selected, never multiplied by a
+mask, because 0 × inf is NaN.
 
 Source: FLoRA, arXiv 2312.05677, section 3; weight mode goes beyond it.
 
