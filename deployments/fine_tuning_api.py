@@ -38,6 +38,8 @@ async def create(
     training, tenant = api.training, caller.tenant
     await _check_model(api, body.model, tenant)
     asked = body.request(tenant, api.base_id, training.base)
+    # The desk asks again: an adapter of that name may be made until then.
+    asked = asked.model_copy(update={"may_replace": caller.is_admin})
     if asked.suffix == api.base_id:
         raise NameTakenError(f"{asked.suffix!r} is the name of the base model", param="suffix")
 
@@ -49,6 +51,12 @@ async def create(
         is_repeated = idempotency_key and training.records.has_request(tenant, idempotency_key)
         if asked.suffix is not None and not caller.is_admin and not is_repeated:
             _check_new(api, AdapterName(tenant, asked.suffix))
+            if training.records.is_awaited(api.base_id, tenant, asked.suffix):
+                raise NameTakenError(
+                    f"another job is making an adapter {asked.suffix!r}; choose another suffix, or "
+                    "wait for it or cancel it",
+                    param="suffix",
+                )
         return training.records.create(asked, time.time(), idempotency_key)
 
     job = await asyncio.to_thread(add)

@@ -30,6 +30,13 @@ class TrainingSettings(BaseModel):
     max_batch_adapters: int = Field(
         default=64, ge=1, le=1024, description="Jobs of the API in one training job."
     )
+    max_running_batches: int = Field(
+        default=2,
+        ge=1,
+        le=1024,
+        description="Training jobs of the API at once, of one base; two, so that one can begin while the other "
+        "trains, and that a job tried alone does not stop all others.",
+    )
     max_attempts: int = Field(
         default=3,
         ge=1,

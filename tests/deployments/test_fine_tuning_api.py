@@ -236,6 +236,9 @@ def test_files_and_jobs_are_their_tenants_alone(
         # A user may not put another version where others ask for the one that is served.
         with pytest.raises(openai.PermissionDeniedError, match="admin key"):
             create(us, file, "served")
+        # Nor where another job is about to.
+        with pytest.raises(openai.ConflictError, match="another job"):
+            create(us, file, "ours")
         assert create(our_admin, file, "served").status == "validating_files"
         with pytest.raises(openai.APIStatusError, match="larger than") as caught:
             us.files.create(file=("d.jsonl", b"x" * (4 << 20)), purpose="fine-tune")

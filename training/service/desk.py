@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from storage.base_checkpoint import BaseFacts
 from storage.errors import FloraError, InvalidRequestError, NotFoundError, SpecificationError
 from storage.object_store import ObjectStore
+from storage.registry import Registry
 from training.backend import JobBackend, JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.job_reports import cancel_job
@@ -31,6 +33,10 @@ from training.spec import TrainingSpec
 from training.stored_spec import spec_key, store_spec, stored_adapters
 
 _FAILED = "training_failed"
+_UNEXPLAINED = "the training job ended without saying why; the server's log may"
+_TAKEN = "an adapter of this name was made since; training a new version of it needs an admin key"
+_LOOKING_S = 2.0
+"""How long files are looked at between two looks at running batches."""
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +74,7 @@ class Desk:
         self._base_id = base_id
         self._store = store
         self._records = JobRecords(store)
+        self._registry = Registry(store)
         self._data = JobData(UploadedFiles(store, clock), read_base)
         self._backend = backend
         self._settings = settings
@@ -81,22 +88,31 @@ class Desk:
         One batch in trouble holds up no other: what it met is logged, and tried again next time.
         """
         jobs = self._records.open(self._base_id)
-        jobs = [self._validated(job) for job in jobs]
+        known = self._see_to_all(jobs)
+        for job in jobs:
+            if job.batch is None and job.status.is_final:
+                self._records.put_away(job)
+        jobs = self._looked_at(jobs)
+        begun = []
         for batch in due_batches(
             jobs,
             self._clock(),
             wait_s=self._settings.batch_wait_s,
             largest=self._settings.max_batch_adapters,
+            most=self._settings.max_running_batches,
         ):
             batch_id = new_batch_id(self._clock())
-            assigned = {job.job_id: self._assign(job, batch_id, len(batch)) for job in batch}
-            jobs = [assigned.get(job.job_id, job) for job in jobs]
+            begun += [self._assign(job, batch_id, len(batch)) for job in batch]
+        known |= self._see_to_all(begun)
+        self._followed = {name: one for name, one in self._followed.items() if name in known}
+        return bool(jobs)
+
+    def _see_to_all(self, jobs: Iterable[FineTuningJob]) -> set[str]:
+        """See to the batches of these jobs; their names."""
         batches: dict[str, list[FineTuningJob]] = {}
         for job in jobs:
             if job.batch is not None:
                 batches.setdefault(job.batch, []).append(job)
-            elif job.status.is_final:
-                self._records.put_away(job)
         for batch_id, members in batches.items():
             try:
                 self._see_to(batch_id, members)
@@ -104,12 +120,20 @@ class Desk:
                 _log.warning("%s: %s", batch_id, error.message)
             except Exception:
                 _log.exception("%s cannot be seen to", batch_id)
-        self._followed = {name: one for name, one in self._followed.items() if name in batches}
-        return bool(jobs)
+        return set(batches)
+
+    def _looked_at(self, jobs: Sequence[FineTuningJob]) -> list[FineTuningJob]:
+        """The jobs, some of those that wait for it validated: at least one, and no more when time is up."""
+        end_s = time.monotonic() + _LOOKING_S
+        looked: list[FineTuningJob] = []
+        is_late = False
+        for job in jobs:
+            is_new = job.status is FineTuningStatus.VALIDATING
+            looked.append(self._validated(job) if is_new and not is_late else job)
+            is_late = is_late or (is_new and time.monotonic() >= end_s)
+        return looked
 
     def _validated(self, job: FineTuningJob) -> FineTuningJob:
-        if job.status is not FineTuningStatus.VALIDATING:
-            return job
         try:
             self._data.check(job)
         except InvalidRequestError as error:
@@ -117,6 +141,10 @@ class Desk:
         except FloraError as error:
             # Nothing about the job: it is looked at again.
             _log.warning("%s: %s", job.job_id, error.message)
+            return job
+        except (OSError, MemoryError):
+            # This machine's trouble; no job is to blame.
+            _log.exception("%s cannot be looked at now", job.job_id)
             return job
         except Exception:
             # No file may hold up the jobs behind it.
@@ -176,6 +204,9 @@ class Desk:
         with tempfile.TemporaryDirectory() as folder:
             adapters = []
             for job in members:
+                if not job.may_replace and self._registry.aliases(job.adapter):
+                    self._fail(job, Fault(code="name_taken", message=_TAKEN, param="suffix"))
+                    continue
                 try:
                     adapters.append(self._data.adapter(job, Path(folder) / job.job_id))
                 except InvalidRequestError as error:  # a file was deleted since it was looked at
@@ -199,13 +230,18 @@ class Desk:
         try:
             return self._backend.get(batch_id)
         except NotFoundError:
-            # Its cluster is gone, or a desk died between its word and its deed.
+            # Its cluster is gone.
             return JobInfo(batch_id, JobStatus.FAILED, "the cluster does not know the job any more")
 
     def _start(self, batch_id: str, members: Iterable[FineTuningJob], attempt: int) -> JobInfo:
+        members = [self._records.get(job.request.tenant, job.job_id) for job in members]
+        if all(job.status.is_final for job in members):  # cancelled since they were read
+            return JobInfo(batch_id, JobStatus.QUEUED)
+        # First the deed, which may be done twice: an attempt that the cluster refused is none.
+        info = self._backend.submit(spec_key(batch_id), batch_id)
         for job in members:
             self._change(job, lambda current: current.attempted(attempt))
-        return self._backend.submit(spec_key(batch_id), batch_id)
+        return info
 
     def _settled(self, job: FineTuningJob, outcome: Outcome) -> FineTuningJob:
         """What the events say of one job."""
@@ -242,13 +278,14 @@ class Desk:
         if not has_a_say and attempt < self._settings.max_attempts:
             self._start(batch_id, left, attempt + 1)
             return
-        reason = outcome.failure or info.message or "the training job ended without a word of it"
-        if len(members) > 1 and not outcome.started:
-            # One of them may be to blame for all.
+        if outcome.failure is None:
+            # With the driver's output in it, which is for whoever runs the cluster.
+            _log.error("%s ended as %s: %s", batch_id, info.status.value, info.message)
+        reason = outcome.failure or _UNEXPLAINED
+        if len(members) > 1:
+            # One of them may be to blame for all; alone each is tried once.
             for job in left:
-                self._return(
-                    job, f"its batch did not start ({reason}); it is tried alone", is_alone=True
-                )
+                self._return(job, f"its batch failed ({reason}); it is tried alone", is_alone=True)
             return
         for job in left:
             self._fail(job, Fault(code=_FAILED, message=reason))
@@ -259,8 +296,8 @@ class Desk:
         cancelled = [job for job in members if job.status is FineTuningStatus.CANCELLED]
         for job in cancelled:
             job_store.stop(job.name)
-        if len(cancelled) == len(members) and any(job.attempts for job in members):
-            with suppress(NotFoundError):  # gone with its cluster
+        if len(cancelled) == len(members):
+            with suppress(NotFoundError):  # never begun, or gone with its cluster
                 cancel_job(self._backend, self._store, batch_id)
         for job in members:
             self._records.put_away(job)

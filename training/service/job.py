@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.identity import DEFAULT_ALIAS
+from storage.identity import DEFAULT_ALIAS, AdapterName
 from training.spec import AdapterSpec
 
 
@@ -73,6 +73,9 @@ class FineTuningRequest(BaseModel):
     hyperparameters: dict[str, int | float | str] = Field(default_factory=dict)
     metadata: dict[str, str] | None = None
     adapter: dict[str, Any] = Field(default_factory=dict)
+    may_replace: bool = Field(
+        default=False, description="Its version may take the place of one there is: an admin asked."
+    )
 
 
 class FineTuningJob(BaseModel):
@@ -103,6 +106,15 @@ class FineTuningJob(BaseModel):
     def name(self) -> str:
         """Of the adapter that it makes."""
         return self.request.suffix or self.job_id
+
+    @property
+    def adapter(self) -> AdapterName:
+        return AdapterName(self.request.tenant, self.name)
+
+    @property
+    def may_replace(self) -> bool:
+        """Nobody else's adapter is called as this job is."""
+        return self.request.may_replace or self.request.suffix is None
 
     @property
     def alias(self) -> str:

@@ -10,7 +10,6 @@ from training.events import (
     AdapterStarted,
     AdapterStep,
     JobFailed,
-    JobFinished,
     JobStarted,
     TrainingEvent,
 )
@@ -24,21 +23,19 @@ class Outcome:
         started: adapters that have begun to train.
         published: adapter → version.
         failed: adapter → reason.
-        is_finished: the last attempt ran to its end.
         failure: why the last attempt did not, if it could say so.
     """
 
     started: set[str] = field(default_factory=set)
     published: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    is_finished: bool = False
     failure: str | None = None
     _tokens: dict[str, dict[int, int]] = field(default_factory=dict)
 
     def see(self, event: TrainingEvent) -> None:
         match event:
             case JobStarted():
-                self.is_finished, self.failure = False, None
+                self.failure = None
             case AdapterStarted():
                 self.started.add(event.adapter)
             case AdapterStep():
@@ -50,8 +47,6 @@ class Outcome:
             case AdapterFailed():
                 self.failed[event.adapter] = event.reason
                 self.published.pop(event.adapter, None)
-            case JobFinished():
-                self.is_finished = True
             case JobFailed() if not event.is_taken_over:
                 self.failure = event.reason
 

@@ -123,6 +123,13 @@ class JobRecords:
         found = parallel(find, names)
         return sorted((job for job in found if job is not None), key=lambda job: job.job_id)
 
+    def is_awaited(self, base_id: str, tenant: str, name: str) -> bool:
+        """Whether a job of the tenant that did not end makes an adapter of this name."""
+        folder = f"{desk_folder(base_id)}open/{tenant}/"
+        ids = [one.key.removeprefix(folder) for one in self._store.list(folder)]
+        found = parallel(lambda job_id: self._find(tenant, job_id), ids)
+        return any(job and job.name == name and not job.status.is_final for job in found)
+
     def put_away(self, job: FineTuningJob) -> None:
         """The desk needs to do no more about a job."""
         self._store.delete(_mark(job))

@@ -147,6 +147,7 @@ class World:
             "suffix": suffix,
             "seed": 1,
             "adapter": {"rank": 4, "family": "lora"},
+            "may_replace": True,
             **fields,
         }
         return self.records.create(FineTuningRequest.model_validate(values), self.clock())
