@@ -2,14 +2,19 @@
 
 Through the trainer that jobs use, without Ray: forward, backward, clipping and AdamW of every adapter. An adapter's
 batch is one sequence of random tokens, all of them learnt. A round is one optimizer step of every adapter on each
-side; of the adapters that train one after another a few are timed and stand for all, which are alike.
+side; of the adapters that train one after another a few are timed and stand for all, which are alike. All of it is
+meant to take about 12 minutes on two quiet cores; `--quick` measures the sizes that have bars.
 
     python -m benchmarks.training --base ~/.flora/bases/smollm2-135m-instruct
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +61,8 @@ class Sizes:
     rank_adapters: int = 1
     vocabulary: int = 40_000
     peft: bool = True
+    peaks: tuple[tuple[int, int], ...] = ((8, 128),)
+    """(adapters, tokens) whose memory is measured."""
 
 
 QUICK = Sizes(adapters=(8,), tokens=(32, 128))
@@ -103,7 +110,7 @@ def _together_and_apart(
     tokens: int,
     kind: str,
 ) -> list[Row]:
-    """The gain first; then both sides in tokens per second, the peer, and the peak of memory."""
+    """The gain first; then both sides in tokens per second, and the peer."""
     apart = min(count, sizes.apart)
     whole = _Trainer(base, range(count), 1, tokens, sizes.vocabulary)
     single = [_Trainer(base, [name], 1, tokens, sizes.vocabulary) for name in range(apart)]
@@ -115,8 +122,6 @@ def _together_and_apart(
         loop, sequence = peft, _sequence(0, tokens, sizes.vocabulary)
         sides["peft"] = lambda: loop.seconds(sequence, 1) * count
     title = f"{kind}, {count} FLoRA r1, {tokens} tokens each"
-    peak = peak_mib(sides["together"])  # and a first step, which makes what later ones use again
-    peak_apart = peak_mib(sides["apart"])
     took = _alternate(sides, rounds, title)
     per_round = count * tokens
     ratio = _ratio(took["apart"], took["together"])
@@ -130,12 +135,38 @@ def _together_and_apart(
             Row(f"{title}: PEFT's loop, tokens/s", tuple(per_round / s for s in took["peft"])),
             Row(f"{title}: together / PEFT's loop", _ratio(took["peft"], took["together"])),
         ]
-    if peak is not None and peak_apart is not None:
-        rows += [
-            Row(f"{title}: together, peak MiB", (peak,), better="lower"),
-            Row(f"{title}: one after another, peak MiB", (peak_apart,), better="lower"),
-        ]
     return rows
+
+
+def peak_rows(base: Path, sizes: Sizes, kind: str) -> list[Row]:
+    """The most memory of each side, each in a process of its own: freed memory stays with a process that trains."""
+    rows = []
+    for count, tokens in sizes.peaks:
+        for side, adapters in (("together", count), ("one after another", 1)):
+            peak = _peak_in_a_process(base, kind, adapters, tokens, sizes.vocabulary)
+            name = f"{kind}, {count} FLoRA r1, {tokens} tokens each: {side}, peak MiB"
+            rows += [] if peak is None else [Row(name, (peak,), better="lower")]
+    return rows
+
+
+def _peak_in_a_process(base: Path, *case: str | int) -> float | None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.training", "--peak", str(base), *map(str, case)],
+        env={**os.environ, **kept_memory()},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    peak: float | None = json.loads(ended.stdout.splitlines()[-1])
+    return peak
+
+
+def _peak(base: str, kind: str, adapters: str, tokens: str, vocabulary: str) -> float | None:
+    """Of two steps of a trainer that is alone in this process."""
+    loaded = load_base(base, _DTYPES[kind], _CPU)
+    frozen = FrozenBase.adopt(loaded, max_tokens=int(tokens) + 1)
+    trainer = _Trainer(frozen, range(int(adapters)), 1, int(tokens), int(vocabulary))
+    return peak_mib(lambda: trainer.seconds(2))
 
 
 def _rank_row(base: FrozenBase, rounds: int, sizes: Sizes, kind: str) -> Row:
@@ -233,6 +264,9 @@ def _never(*_: Any) -> NoReturn:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--peak"]:
+        print(json.dumps(_peak(*sys.argv[2:])))
+        return
     parser = parser_of(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="8 adapters, 32 and 128 tokens only")
     parser.add_argument("--dtype", choices=_DTYPES, nargs="*", default=[*_DTYPES])
@@ -245,6 +279,7 @@ def main() -> None:
         ):  # arithmetic bound: more adapters tell no more
             sizes = Sizes(adapters=(1, 8))
         rows += measure(arguments.base, arguments.rounds, sizes=sizes, dtype=_DTYPES[name])
+        rows += peak_rows(arguments.base, sizes, name)
     print_rows(rows)
     path = write_result(
         "training",

@@ -149,6 +149,15 @@ def test_prepared_adapters_are_published_once(tiny_llama_dir: Path, tmp_path: Pa
     }
 
 
+def test_the_memory_of_a_side_of_training_is_that_of_a_process_of_its_own(
+    tiny_llama_dir: Path,
+) -> None:
+    held = torch.ones(1 << 28)  # a gibibyte here is none there
+    peak = training._peak_in_a_process(tiny_llama_dir, "float32", 2, 8, 200)
+    assert held.nbytes == 1 << 30
+    assert peak is None or 50 < peak < 1000
+
+
 def test_training_is_measured_together_and_apart(tiny_llama_dir: Path) -> None:
     sizes = training.Sizes(
         adapters=(1, 2),
