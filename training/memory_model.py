@@ -28,7 +28,7 @@ FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
 BACKWARD = 1.4
 """What activations take at the peak, beside what a forward keeps: their gradients on the way. Measured: 1.3 to 1.4."""
-SLACK = 0.25
+SLACK = 0.3
 """Of what comes and goes: what an allocator cannot use, attention's padding, and what modes side by side make twice."""
 _OF_A_ROW = 4  # weight, gradient, two moments
 _OF_AN_UPDATE = 6  # tensors of the largest width's rows that exist at once
