@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,35 +53,53 @@ Example = ChatExample | TextExample
 
 
 def read_examples(path: Path) -> tuple[Example, ...]:
-    """All examples of a file, in its order.
+    """All examples of a file, in its order. Raises as `each_example`."""
+    return tuple(each_example(path))
+
+
+def each_example(path: Path, max_line_bytes: int | None = None) -> Iterator[Example]:
+    """The examples of a file, in its order, with one line of it in memory.
+
+    Args:
+        max_line_bytes: for files of strangers. JSON is parsed in one go, in which no other thread of the process gets
+            on, into many times its size; a longer line is refused before.
 
     Raises:
-        SpecificationError: names the file and the line: not UTF-8, not JSON, no known format, two formats, an empty
-            file.
+        SpecificationError: names the file and the line: not UTF-8, not JSON, too long, no known format, two formats,
+            an empty file.
     """
+    file_format, first_line = "", 0
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        for number, line in _lines(path, max_line_bytes):
+            if not line.strip():
+                continue
+            place = f"{path.name}, line {number}"
+            values = _parsed(line, place)
+            line_format = _format_of(values, place)
+            if file_format and line_format != file_format:
+                raise SpecificationError(
+                    f"{place}: a {line_format} example, but line {first_line} is {file_format}; one format a file"
+                )
+            if not file_format:
+                file_format, first_line = line_format, number
+            yield _example(values, line_format, place)
     except OSError as error:
         raise SpecificationError(f"{path.name}: cannot be read: {error.strerror}") from None
-    examples: list[Example] = []
-    file_format, first_line = "", 0
-    # Not `splitlines`, which also ends a line at characters that JSON strings may hold.
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path.name}, line {number}"
-        values = _parsed(line, place)
-        line_format = _format_of(values, place)
-        if file_format and line_format != file_format:
-            raise SpecificationError(
-                f"{place}: a {line_format} example, but line {first_line} is {file_format}; one format a file"
-            )
-        if not file_format:
-            file_format, first_line = line_format, number
-        examples.append(_example(values, line_format, place))
-    if not examples:
+    if not file_format:
         raise SpecificationError(f"{path.name}: no examples in it")
-    return tuple(examples)
+
+
+def _lines(path: Path, max_bytes: int | None) -> Iterator[tuple[int, bytes]]:
+    """With their numbers. Only a newline ends one: JSON strings may hold the others of `str.splitlines`."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(-1 if max_bytes is None else max_bytes + 2):
+            number += 1
+            if max_bytes is not None and len(line.removesuffix(b"\n")) > max_bytes:
+                raise SpecificationError(
+                    f"{path.name}, line {number}: is longer than {max_bytes} bytes"
+                )
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _parsed(line: bytes, place: str) -> Any:

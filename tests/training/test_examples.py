@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from storage.errors import SpecificationError
-from training.examples import ChatExample, Message, TextExample, read_examples
+from training.examples import ChatExample, Message, TextExample, each_example, read_examples
 
 
 def data(tmp_path: Path, *lines: Any) -> Path:
@@ -104,3 +104,23 @@ def test_a_bad_line_is_named_by_number(tmp_path: Path, lines: list[Any], says: s
     with pytest.raises(SpecificationError, match=says) as caught:
         read_examples(data(tmp_path, *lines))
     assert caught.value.message.startswith("data.jsonl")
+
+
+def test_a_line_too_long_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing holds every other thread up, and takes many times the line's memory."""
+    path = tmp_path / "long.jsonl"
+    fits = b'{"prompt": "a", "completion": "b"}'
+    path.write_bytes(fits.ljust(1000) + b"\n" + b"[" * 1001)
+    parsed: list[str] = []
+    parse = json.loads
+
+    def counted(text: str) -> Any:
+        parsed.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(json, "loads", counted)
+    with pytest.raises(SpecificationError, match=r"long\.jsonl, line 2: is longer than 1000 bytes"):
+        list(each_example(path, max_line_bytes=1000))
+    assert len(parsed) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.training.service.desks import VERSION, World
 from training.backend import JobInfo
 from training.job_store import JobStore
 from training.service import desk as desk_module
-from training.service.files import UploadedFiles
+from training.service.files import UploadedFile, UploadedFiles
 from training.service.job import FineTuningJob, FineTuningStatus
 from training.stored_spec import stored_adapters
 
@@ -93,12 +94,17 @@ def test_a_broken_line_is_told_with_its_file_and_number_and_holds_nobody_up(worl
 def test_what_is_wrong_with_one_job_holds_up_no_other(world: World) -> None:
     damaged = world.create("damaged", training_file=world.upload(lines="x" * 50))
     world.store.put(f"files/default/{damaged.request.training_file}/00000", b"y" * 50)
+    wide = world.create(
+        "wide", training_file=world.upload(lines="[" * (2 << 20), name="wide.jsonl")
+    )
     deep = world.create("deep", training_file=world.upload(lines="[" * 100_000))
     lost = world.create("lost")
     world.store.put(f"fine-tuning/jobs/default/{lost.job_id}.json", b"not a record")
     good = world.create("good")
     world.tick(0, 5)
-    assert statuses(world, damaged, deep) == [FAILED, FAILED]
+    assert statuses(world, damaged, deep, wide) == [FAILED] * 3
+    fault = world.now(wide).fault
+    assert fault is not None and "longer than" in fault.message
     assert world.cluster.submitted == [world.now(good).batch]
 
 
@@ -324,6 +330,25 @@ def test_running_batches_are_seen_to_before_files_are_looked_at(
     assert statuses(world, *more) == [VALIDATING] * 3, "a full disk is no fault of theirs"
     world.tick()
     assert statuses(world, *more) == [QUEUED, VALIDATING, VALIDATING]
+
+
+def test_a_file_is_read_once_for_all_jobs_that_name_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    fetch = UploadedFiles.fetch
+
+    def counted(self: UploadedFiles, file: UploadedFile, directory: Path) -> Path:
+        fetched.append(file.filename)
+        return fetch(self, file, directory)
+
+    monkeypatch.setattr(UploadedFiles, "fetch", counted)
+    bad = world.upload(lines="{", name="bad.jsonl")
+    good = [world.create(f"a{n}") for n in range(3)]
+    broken = [world.create(f"b{n}", training_file=bad) for n in range(2)]
+    world.tick()
+    assert statuses(world, *good, *broken) == [QUEUED] * 3 + [FAILED] * 2
+    assert sorted(fetched) == ["bad.jsonl", "d.jsonl"]
 
 
 class Killed(BaseException):
