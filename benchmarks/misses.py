@@ -30,13 +30,13 @@ _COLLECTING = (
 )
 
 _CALM_BURSTS = (
-    "Not examined at this load. Likely: slots are free everywhere, so an adapter with one holder stays there through its "
-    "burst, and those with several cannot even out what bursts add up to; at 0.85 full holders give way. Next: one more "
-    "copy at once for whoever bursts on the busiest replica."
+    "Not examined at this load. Likely: slots are free everywhere, so an adapter with one holder stays there through "
+    "its burst, and those with several cannot even out what bursts add up to; at 0.85 full holders give way. Next: one "
+    "more copy at once for whoever bursts on the busiest replica."
 )
 _CALM_CROWD = (
-    "One window, that in which the crowd comes; not examined. Likely: the only holder is full until the next plan, which "
-    "at this load is 1.8 times the mean. Next: a plan when a crowd is seen, not at the next tick."
+    "One window, that in which the crowd comes; not examined. Likely: the only holder is full until the next plan, "
+    "which at this load is 1.8 times the mean. Next: a plan when a crowd is seen, not at the next tick."
 )
 
 MISSES: Mapping[tuple[str, str], str] = {
