@@ -125,6 +125,7 @@ class CreateJob(BaseModel):
             validation_file=self.validation_file,
             suffix=None if self.suffix is None else checked_name(self.suffix, param="suffix"),
             seed=secrets.randbelow(_SEEDS) if self.seed is None else self.seed,
+            is_seed_drawn=self.seed is None,
             hyperparameters=self._hyperparameters().model_dump(),
             metadata=self.metadata,
             adapter=self._adapter(),

@@ -182,7 +182,8 @@ def _status(spec: dict[str, Any], status: dict[str, Any]) -> JobStatus:
     match status.get("jobDeploymentStatus"):
         case "Complete" if job.is_final:
             return job
-        case "Failed" | "ValidationFailed":
+        # Complete, and no word of how: nothing more will come of it.
+        case "Complete" | "Failed" | "ValidationFailed":
             return JobStatus.FAILED
         case _ if spec.get("suspend"):
             return JobStatus.CANCELLED

@@ -154,6 +154,8 @@ def test_a_job_submitted_twice_is_one_and_a_failed_one_gets_another_attempt(
 @pytest.mark.parametrize(
     ("deployment", "job", "status"),
     [
+        ("Complete", "", JobStatus.FAILED),
+        ("Complete", "RUNNING", JobStatus.FAILED),
         ("Initializing", "", JobStatus.QUEUED),
         ("Running", "PENDING", JobStatus.QUEUED),
         ("Running", "RUNNING", JobStatus.RUNNING),

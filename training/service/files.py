@@ -13,7 +13,7 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError
+from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError, OverloadedError
 from storage.identity import canonical_json
 from storage.index import parallel
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
@@ -55,7 +55,12 @@ class UploadedFiles:
         self._clock = clock
 
     def add(self, tenant: str, filename: str, content: IO[bytes]) -> UploadedFile:
-        """Keep a file, read from its beginning. Raises InvalidRequestError for a name that no file could have."""
+        """Keep a file, read from its beginning.
+
+        Raises:
+            InvalidRequestError: a name that no file could have.
+            OverloadedError: the same file is being deleted; nothing is kept.
+        """
         filename = _checked_filename(filename)
         content.seek(0)
         digest = hashlib.sha256()
@@ -77,7 +82,10 @@ class UploadedFiles:
         try:
             self._store.put_if_absent(_record(tenant, file.file_id), encode(file))
         except PreconditionFailedError:
-            return self.get(tenant, file.file_id)
+            file = self.get(tenant, file.file_id)
+        if not all(self._store.exists(_part(file, number)) for number in range(file.num_parts)):
+            self._store.delete(_record(tenant, file.file_id))
+            raise OverloadedError("the same file was deleted at this moment; upload it again")
         return file
 
     def get(self, tenant: str, file_id: str, *, param: str = "file_id") -> UploadedFile:

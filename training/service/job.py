@@ -70,6 +70,7 @@ class FineTuningRequest(BaseModel):
     validation_file: str | None = None
     suffix: str | None = None
     seed: int
+    is_seed_drawn: bool = Field(default=False, description="Nobody asked for this seed.")
     hyperparameters: dict[str, int | float | str] = Field(default_factory=dict)
     metadata: dict[str, str] | None = None
     adapter: dict[str, Any] = Field(default_factory=dict)

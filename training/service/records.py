@@ -76,13 +76,16 @@ class JobRecords:
         return found
 
     def page(self, tenant: str, after: str | None, limit: int) -> tuple[list[FineTuningJob], bool]:
-        """A tenant's jobs, newest first, those older than `after`; and whether there are more."""
+        """A tenant's jobs, newest first, those older than `after`; and whether there are more.
+
+        Jobs whose record is damaged are left out, here and wherever several are asked for.
+        """
         folder = f"{_ROOT}/jobs/{tenant}/"
         ids = [
             one.key.removeprefix(folder).removesuffix(".json") for one in self._store.list(folder)
         ]
         ids = [one for one in reversed(ids) if after is None or one < after]
-        found = parallel(lambda job_id: self._find(tenant, job_id), ids[:limit])
+        found = parallel(lambda job_id: self._readable(tenant, job_id), ids[:limit])
         return [job for job in found if job is not None], len(ids) > limit
 
     def find(self, job_id: str) -> FineTuningJob | None:
@@ -95,7 +98,7 @@ class JobRecords:
     def newest(self, limit: int) -> list[FineTuningJob]:
         """So many jobs of all tenants, newest first."""
         ids = sorted(self._all(), key=lambda found: found[1], reverse=True)
-        jobs = parallel(lambda found: self._find(*found), ids[:limit])
+        jobs = parallel(lambda found: self._readable(*found), ids[:limit])
         return [job for job in jobs if job is not None]
 
     def change(self, job: FineTuningJob, change: Change) -> FineTuningJob:
@@ -109,25 +112,17 @@ class JobRecords:
         return changed if changed is not None else self.get(tenant, job.job_id)
 
     def open(self, base_id: str) -> list[FineTuningJob]:
-        """The jobs on the desk of a base, in the order they came. One whose record is damaged is left out."""
+        """The jobs on the desk of a base, in the order they came."""
         folder = f"{desk_folder(base_id)}open/"
         names = [one.key.removeprefix(folder).split("/") for one in self._store.list(folder)]
-
-        def find(name: list[str]) -> FineTuningJob | None:
-            try:
-                return self._find(name[0], name[1])
-            except AdapterCorruptError as error:
-                _log.error("a job is left out: %s", error.message)
-                return None
-
-        found = parallel(find, names)
+        found = parallel(lambda name: self._readable(name[0], name[1]), names)
         return sorted((job for job in found if job is not None), key=lambda job: job.job_id)
 
     def is_awaited(self, base_id: str, tenant: str, name: str) -> bool:
         """Whether a job of the tenant that did not end makes an adapter of this name."""
         folder = f"{desk_folder(base_id)}open/{tenant}/"
         ids = [one.key.removeprefix(folder) for one in self._store.list(folder)]
-        found = parallel(lambda job_id: self._find(tenant, job_id), ids)
+        found = parallel(lambda job_id: self._readable(tenant, job_id), ids)
         return any(job and job.name == name and not job.status.is_final for job in found)
 
     def put_away(self, job: FineTuningJob) -> None:
@@ -144,7 +139,8 @@ class JobRecords:
     def _id_under_key(self, request: FineTuningRequest, job_id: str, key: str) -> str:
         place = _request(request.tenant, key)
         # A seed that was not asked for is drawn anew each time.
-        digest = sha256_hex(canonical_json(request.model_dump(mode="json", exclude={"seed"})))
+        drawn = {"seed"} if request.is_seed_drawn else set()
+        digest = sha256_hex(canonical_json(request.model_dump(mode="json", exclude=drawn)))
         try:
             self._store.put_if_absent(place, encode(_Asked(job_id=job_id, digest=digest)))
         except PreconditionFailedError:
@@ -156,6 +152,13 @@ class JobRecords:
                 ) from None
             return asked.job_id
         return job_id
+
+    def _readable(self, tenant: str, job_id: str) -> FineTuningJob | None:
+        try:
+            return self._find(tenant, job_id)
+        except AdapterCorruptError as error:
+            _log.error("a job is left out: %s", error.message)
+            return None
 
     def _find(self, tenant: str, job_id: str) -> FineTuningJob | None:
         if not (job_id.startswith("ftjob-") and job_id[6:].isalnum() and job_id.isascii()):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError
+from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError, OverloadedError
 from storage.object_store import ObjectStore
 from tests.training.service.desks import Clock
 from training.service import files as files_module
@@ -51,6 +51,25 @@ def test_a_deleted_file_leaves_nothing(files: UploadedFiles, store: ObjectStore)
         files.delete("us", file.file_id)
     with pytest.raises(NotFoundError, match="was deleted"):
         list(files.content(file))
+
+
+def test_a_file_deleted_while_it_is_uploaded_is_never_a_record_without_content(
+    files: UploadedFiles, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = files.add("us", "d.jsonl", io.BytesIO(b"x" * 2500))
+    commit = store.put_if_absent
+
+    def late(key: str, data: bytes) -> object:
+        monkeypatch.setattr(store, "put_if_absent", commit)
+        UploadedFiles(store, Clock()).delete("us", file.file_id)
+        return commit(key, data)
+
+    monkeypatch.setattr(store, "put_if_absent", late)
+    with pytest.raises(OverloadedError, match="upload it again"):
+        files.add("us", "d.jsonl", io.BytesIO(b"x" * 2500))
+    assert files.of("us") == []
+    again = files.add("us", "d.jsonl", io.BytesIO(b"x" * 2500))
+    assert b"".join(files.content(again)) == b"x" * 2500
 
 
 def test_a_damaged_file_never_passes_for_whole(files: UploadedFiles, store: ObjectStore) -> None:

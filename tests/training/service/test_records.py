@@ -24,14 +24,27 @@ def test_jobs_come_in_pages_newest_first_and_only_ones_own(store: ObjectStore) -
             world.records.get("default", unknown)
 
 
+def test_a_damaged_record_is_left_out_of_a_page(store: ObjectStore) -> None:
+    world = World(store)
+    damaged, whole = world.create("a"), world.create("b")
+    store.put(f"fine-tuning/jobs/default/{damaged.job_id}.json", b"{}")
+    assert world.records.page("default", None, 20) == ([whole], False)
+    assert world.records.newest(20) == [whole]
+
+
 def test_a_request_sent_twice_under_one_key_is_one_job(store: ObjectStore) -> None:
     world = World(store)
-    request = world.create("one").request
+    request = world.create("one", is_seed_drawn=True).request
     key = "a key of the client's"
     first = world.records.create(request, world.clock(), key)
     again = request.model_copy(update={"seed": 99})  # drawn anew when none is asked for
     assert world.records.create(again, world.clock(), key) == first
     assert world.records.create(request, world.clock(), "another") != first
+    asked = request.model_copy(update={"is_seed_drawn": False})
+    world.records.create(asked, world.clock(), "with a seed")
+    for other in ({"seed": 99}, {"suffix": "two"}):
+        with pytest.raises(InvalidRequestError, match="Idempotency-Key"):
+            world.records.create(asked.model_copy(update=other), world.clock(), "with a seed")
     with pytest.raises(InvalidRequestError, match="Idempotency-Key"):
         world.records.create(request.model_copy(update={"suffix": "two"}), world.clock(), key)
 
