@@ -44,6 +44,7 @@ FILE_FORM = Form(frozenset({"purpose"}), _only_file)
 class _History:
     """What was read of a training job's events, by adapter."""
 
+    lock: threading.Lock = field(default_factory=threading.Lock)
     cursor: str = ""
     by_adapter: dict[str, list[TrainingEvent]] = field(default_factory=dict)
 
@@ -60,15 +61,17 @@ class _Histories:
         """All that was told of one adapter so far, in order."""
         with self._lock:
             history = self._read.pop(training_job, None) or _History()
+            self._read[training_job] = history
+            if len(self._read) > _HISTORIES:
+                self._read.popitem(last=False)
+        # Nobody waits for what is read of another training job.
+        with history.lock:
             page = JobStore(self._store, training_job).read_events(history.cursor)
             history.cursor = page.next
             for event in page.events:
                 name = getattr(event, "adapter", None)
                 if name is not None:
                     history.by_adapter.setdefault(name, []).append(event)
-            self._read[training_job] = history
-            if len(self._read) > _HISTORIES:
-                self._read.popitem(last=False)
             return list(history.by_adapter.get(adapter, ()))
 
 
