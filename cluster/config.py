@@ -20,7 +20,7 @@ class ClusterSettings(BaseModel):
     registry_poll_s: float = Field(default=1.0, gt=0)
     demand_halflife_s: float = Field(default=120.0, gt=0)
     work_share_per_holder: float = Field(
-        default=0.2,
+        default=0.15,
         gt=0,
         le=1,
         description="φ: an adapter gets one more holder for each φ of a replica's fair share of work.",
