@@ -27,8 +27,8 @@ PROCESS_BYTES = 640 << 20
 FULL_STEP_TOKENS = 2048
 """From here on a larger forward hardly makes a token cheaper, so memory goes to more adapters first."""
 BACKWARD = 1.4
-"""What activations take at the peak, over what a forward keeps: their gradients on the way. It was fitted, with SLACK, to
-the peaks of a few small jobs (`benchmarks/training_memory.py`)."""
+"""What activations take at the peak, over what a forward keeps: their gradients on the way. Fitted, with SLACK, to the
+peaks of a few small jobs (`benchmarks/training_memory.py`)."""
 SLACK = 0.3
 """Of what comes and goes: what an allocator cannot use, attention's padding, and what modes side by side make twice."""
 _OF_A_ROW = 4  # weight, gradient, two moments
