@@ -63,10 +63,11 @@ class JobReport:
                     published={**dict.fromkeys(event.published, ""), **self.published},
                     failed={**dict.fromkeys(event.failed, ""), **self.failed},
                 )
-            case JobFailed() if not event.is_taken_over:
+            # A driver that is stopped may still say that it failed, before the word of who stopped it or after.
+            case JobFailed() if not event.is_taken_over and self.status is not JobStatus.CANCELLED:
                 return replace(told, status=JobStatus.FAILED, error=event.reason)
-            case JobCancelled() if not self.status.is_final:
-                return replace(told, status=JobStatus.CANCELLED)
+            case JobCancelled() if self.status is not JobStatus.SUCCEEDED:
+                return replace(told, status=JobStatus.CANCELLED, error="")
         return told
 
 
@@ -105,7 +106,7 @@ def exists(store: ObjectStore, job_id: str) -> bool:
 def cancel_job(backend: JobBackend, store: ObjectStore, job_id: str) -> JobInfo:
     """Stop a job, and write down that somebody did. Raises as `JobBackend.cancel`."""
     info = backend.cancel(job_id)
-    if info.status is not JobStatus.SUCCEEDED:
+    if info.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED):
         with JobStore(store, job_id).writer(DRIVER) as tell:
             tell(JobCancelled(job_id))
     return info

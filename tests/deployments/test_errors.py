@@ -44,6 +44,8 @@ STATUS = {
     "AdminOnlyError": 403,
     "ForbiddenSourceError": 403,
     "NoAdapterError": 404,
+    "NotFoundError": 404,
+    "JobEndedError": 400,
     "NameTakenError": 409,
     "AlreadyLoadedError": 400,
     "BodyTooLargeError": 413,
@@ -106,6 +108,7 @@ def app_parts(**parts: Any) -> Api:
         models=reading(ModelList(Published())),
         admin=nothing,
         uploads=nothing,
+        training=nothing,
         cluster_state=nothing,
         metrics=Metrics(TableView(ManualClock())),
     )
