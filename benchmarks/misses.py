@@ -29,20 +29,7 @@ _COLLECTING = (
     "for 5 to 10 ms. Next: the measurement again, on a quiet machine."
 )
 
-_CALM_BURSTS = (
-    "Not examined at this load. Likely: slots are free everywhere, so an adapter with one holder stays there through "
-    "its burst, and those with several cannot even out what bursts add up to; at 0.85 full holders give way. Next: one "
-    "more copy at once for whoever bursts on the busiest replica."
-)
-_CALM_CROWD = (
-    "One window, that in which the crowd comes; not examined. Likely: the only holder is full until the next plan, "
-    "which at this load is 1.8 times the mean. Next: a plan when a crowd is seen, not at the next tick."
-)
-
 MISSES: Mapping[tuple[str, str], str] = {
-    ("placement", "ours, flash, rank 1, 0.55: worst imbalance"): _CALM_CROWD,
-    ("placement", "ours, mmpp-adapter, rank 1, 0.55: imbalance"): _CALM_BURSTS,
-    ("placement", "ours, mmpp-adapter, rank 1, 0.55: worst imbalance"): _CALM_BURSTS,
     ("placement_manager", "poll, ms, 99 %"): _COLLECTING,
     ("placement_manager", "heartbeat while others publish, ms, 99 %"): _COLLECTING,
     ("placement_manager", "poll while others publish, ms, 99 %"): _COLLECTING,
