@@ -35,8 +35,8 @@ MISSES: Mapping[tuple[str, str], str] = {
         "ours beside Ray's rule, mmpp-adapter, mixed ranks, 0.55: hit rate over the best, above",
     ): (
         "Not examined; run last, on one seed. Every adapter asks threefold now and then, and one global LRU, which "
-        "Ray's rule amounts to, follows that at once; ours believes a rise after some seconds. Next: a plan when a burst "
-        "is seen."
+        "Ray's rule amounts to, follows that at once; ours believes a rise after some seconds. Next: a plan when "
+        "a burst is seen."
     ),
     ("placement_manager", "poll, ms, 99 %"): _COLLECTING,
     ("placement_manager", "heartbeat while others publish, ms, 99 %"): _COLLECTING,
