@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -16,10 +17,12 @@ from deployments.fine_tuning_views import checkpoints_view, events_view, job_vie
 from deployments.query import check_query
 from storage.errors import InvalidRequestError, NotFoundError
 from storage.identity import AdapterName
+from training.events import TrainingEvent
 from training.service.job import FineTuningJob
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
+View = Callable[[FineTuningJob, Sequence[TrainingEvent]], list[dict[str, Any]]]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=128, description="The last id of a page.")]
 
@@ -103,14 +106,7 @@ async def list_events(
     request: Request, job_id: str, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:
     """What happened, newest first: every step with its loss among it."""
-    check_query(request, "after", "limit")
-    training, tenant = api_of(request).training, caller_of(request).tenant
-
-    def read() -> dict[str, Any]:
-        job = training.records.get(tenant, job_id)
-        return _after(events_view(job, training.events(job)), after, limit)
-
-    return await asyncio.to_thread(read)
+    return await _told(request, job_id, events_view, after, limit)
 
 
 @router.get("/{job_id}/checkpoints", responses=examples.CHECKPOINTS)
@@ -118,12 +114,19 @@ async def list_checkpoints(
     request: Request, job_id: str, after: After = None, limit: Limit = 10
 ) -> dict[str, Any]:
     """The version that the job published, under a name that means no other one."""
+    return await _told(request, job_id, checkpoints_view, after, limit)
+
+
+async def _told(
+    request: Request, job_id: str, view: View, after: str | None, limit: int
+) -> dict[str, Any]:
+    """A page of what a view makes of a job and its training's events."""
     check_query(request, "after", "limit")
     training, tenant = api_of(request).training, caller_of(request).tenant
 
     def read() -> dict[str, Any]:
         job = training.records.get(tenant, job_id)
-        return _after(checkpoints_view(job, training.events(job)), after, limit)
+        return _after(view(job, training.events(job)), after, limit)
 
     return await asyncio.to_thread(read)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ import torch
 
 from cli.bases import find_base, pull_base
 from cli.local_cluster import LocalCluster, start_cluster
+from storage.config import StorageSettings
+from tests.storage.s3_server import S3Server, s3_server
 
 # A machine may be busy with other things: no example fails for being slow.
 hypothesis.settings.register_profile("flora", deadline=None)
@@ -167,3 +170,23 @@ def s3_endpoint() -> Iterator[S3Endpoint]:
         yield endpoint
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_api() -> Iterator[S3Server]:
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_settings(s3_api: S3Server) -> StorageSettings:
+    """Settings of a fresh, empty bucket."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    client = boto3.client("s3", endpoint_url=s3_api.url, region_name="us-east-1")
+    client.create_bucket(Bucket=bucket)
+    return StorageSettings(registry=f"s3://{bucket}/some/prefix", s3_endpoint_url=s3_api.url)
+
+
+@pytest.fixture
+def local_settings(tmp_path: Path) -> StorageSettings:
+    return StorageSettings(registry=str(tmp_path / "registry"))

@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-from pathlib import Path
-
-import boto3
 import pytest
 
 from storage.config import StorageSettings
 from storage.object_store import ObjectStore
 from storage.stores import open_store
-from tests.storage.s3_server import S3Server, s3_server
-
-
-@pytest.fixture
-def local_settings(tmp_path: Path) -> StorageSettings:
-    return StorageSettings(registry=str(tmp_path / "registry"))
-
-
-@pytest.fixture(scope="session")
-def s3_api() -> Iterator[S3Server]:
-    with s3_server() as server:
-        yield server
-
-
-@pytest.fixture
-def s3_settings(s3_api: S3Server) -> StorageSettings:
-    """Settings of a fresh, empty bucket."""
-    bucket = f"bucket-{uuid.uuid4().hex}"
-    client = boto3.client("s3", endpoint_url=s3_api.url, region_name="us-east-1")
-    client.create_bucket(Bucket=bucket)
-    return StorageSettings(registry=f"s3://{bucket}/some/prefix", s3_endpoint_url=s3_api.url)
 
 
 @pytest.fixture
