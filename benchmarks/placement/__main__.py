@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from benchmarks.placement.bars import rows_of
 from benchmarks.placement.measures import Outcome, judge
-from benchmarks.placement.policies import OURS, RIVALS, Policy
+from benchmarks.placement.policies import OURS, RAYS_RULE_OUR_BANK, RIVALS, Policy
 from benchmarks.placement.simulation import Loss, Simulation
 from benchmarks.placement.traces import (
     LOAD_S,
@@ -84,6 +84,7 @@ def matrix(seeds: Iterable[int]) -> Iterator[Case]:
             yield from (Case(OURS, w, m, utilisation, seed) for m in both for w in WORKLOADS)
     for policy in RIVALS:
         yield from (Case(policy, w, is_mixed, low, first) for is_mixed in both for w in rest)
+    yield from (Case(RAYS_RULE_OUR_BANK, w, True, low, first) for w in WORKLOADS)
 
 
 def run(

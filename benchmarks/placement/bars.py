@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, Protocol
 
 from benchmarks.placement.measures import Outcome
-from benchmarks.placement.policies import OURS, RAYS_RULE, Policy
+from benchmarks.placement.policies import OURS, RAYS_RULE, RAYS_RULE_OUR_BANK, Policy
 from benchmarks.results_file import Row
 
 HIT_RANK_1 = {"drift": 0.975, "mmpp-adapter": 0.965}
@@ -44,14 +44,16 @@ def hit_bar(workload: str, is_mixed: bool) -> float:
 def rows_of(outcomes: Iterable[tuple[Run, Outcome]]) -> list[Row]:
     """A row for each figure of all runs of one name: a round for each seed. Rivals are told, not judged.
 
-    Then ours beside Ray's rule, wherever both were run.
+    Then ours beside Ray's rule, wherever both were run, and beside that rule with our bank, without bars.
     """
     outcomes = list(outcomes)
     named: dict[str, list[tuple[Run, Outcome]]] = {}
     for run, outcome in outcomes:
         named.setdefault(run.name, []).append((run, outcome))
     rows = [row for runs in named.values() for row in _rows(runs)]
-    return [*rows, *_beside_rays_rule(outcomes)]
+    beside_rule = _beside(RAYS_RULE, "Ray's rule", outcomes, is_judged=True)
+    beside_both = _beside(RAYS_RULE_OUR_BANK, "Ray's rule with our bank", outcomes, is_judged=False)
+    return [*rows, *beside_rule, *beside_both]
 
 
 def _rows(runs: list[tuple[Run, Outcome]]) -> list[Row]:
@@ -92,20 +94,24 @@ def _rows(runs: list[tuple[Run, Outcome]]) -> list[Row]:
     return rows
 
 
-def _beside_rays_rule(outcomes: Sequence[tuple[Run, Outcome]]) -> Iterator[Row]:
-    """Two rows for each workload: hits above Ray's rule, and what is over even load as a part of what it has over."""
+def _beside(
+    rival: Policy, called: str, outcomes: Sequence[tuple[Run, Outcome]], is_judged: bool
+) -> Iterator[Row]:
+    """Two rows for each workload: hits above the rival, and what is over even load as a part of what it has over."""
     ours = {(_asked(run), run.seed): outcome for run, outcome in outcomes if run.policy is OURS}
     pairs: dict[tuple[str, bool], list[tuple[Outcome, Outcome]]] = {}
     for run, outcome in outcomes:
         mine = ours.get((_asked(run), run.seed))
-        if run.policy is RAYS_RULE and mine is not None:
+        if run.policy is rival and mine is not None:
             pairs.setdefault((_asked(run), run.is_mixed), []).append((mine, outcome))
     for (asked, is_mixed), both in pairs.items():
-        name = f"ours beside Ray's rule{asked}"
-        hits = tuple(mine.hit_of_best - rays.hit_of_best for mine, rays in both)
-        yield Row(f"{name}: hit rate over the best, above", hits, HIT_ABOVE_RAYS[is_mixed])
-        excess = tuple((mine.imbalance - 1) / (rays.imbalance - 1) for mine, rays in both)
-        yield Row(f"{name}: excess imbalance, part", excess, EXCESS_OF_RAYS, "lower")
+        name = f"ours beside {called}{asked}"
+        hits = tuple(mine.hit_of_best - other.hit_of_best for mine, other in both)
+        above = HIT_ABOVE_RAYS[is_mixed] if is_judged else None
+        yield Row(f"{name}: hit rate over the best, above", hits, above)
+        excess = tuple((mine.imbalance - 1) / (other.imbalance - 1) for mine, other in both)
+        part = EXCESS_OF_RAYS if is_judged else None
+        yield Row(f"{name}: excess imbalance, part", excess, part, "lower")
 
 
 def _asked(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""Ours and its rivals in one form: who chooses a replica for a request, and whether the manager plans."""
+"""Ours and its rivals in one form: who chooses a replica, whether the manager plans, and who leaves a full bank."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cluster.rendezvous import Rankings
 from cluster.routing import Routing
 from cluster.table import PlacementTable
 from storage.identity import AdapterVersion
+from workers.bank.eviction import readiness_to_leave
 
 BOUND = 1.25
 """Bounded-load consistent hashing: a replica takes at most this times the mean (ε = 1/4)."""
@@ -38,11 +39,19 @@ class Router(Protocol):
     def give_up(self, request_id: str) -> None: ...
 
 
+def least_recently_used(rows: int, idle_s: float) -> float:
+    """Who leaves a full bank first by Ray Serve's rule (`_ModelMultiplexWrapper`, Ray 2.60): size does not matter."""
+    return idle_s
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
+    """`to_leave` is that of `SimulatedReplica`; among adapters of rank 1 both kinds are the same."""
+
     name: str
     router: Callable[[Clock, random.Random, Replicas], Router]
     is_planned: bool = False
+    to_leave: Callable[[int, float], float] = least_recently_used
 
 
 class _Rival:
@@ -153,8 +162,22 @@ class MultiplexRule:
         return [r for r, count in counts.items() if count == least]
 
 
-OURS = Policy("ours", lambda clock, rng, replicas: Routing(clock, rng), is_planned=True)
-RAYS_RULE = Policy("multiplex rule", lambda clock, rng, replicas: MultiplexRule(rng, replicas))
+def _multiplexed(clock: Clock, rng: random.Random, replicas: Replicas) -> Router:
+    return MultiplexRule(rng, replicas)
+
+
+OURS = Policy(
+    "ours",
+    lambda clock, rng, replicas: Routing(clock, rng),
+    is_planned=True,
+    to_leave=readiness_to_leave,
+)
+RAYS_RULE = Policy("multiplex rule", _multiplexed)
+RAYS_RULE_OUR_BANK = Policy(
+    "multiplex rule with our bank", _multiplexed, to_leave=readiness_to_leave
+)
+"""What Ray's rule would be with a bank that weighs size: how much of the difference is the bank's, and how much is
+placement's. Nobody can run it, so it is told and not judged."""
 RIVALS = (
     Policy("least loaded", lambda clock, rng, replicas: LeastLoaded(clock)),
     Policy("bounded hashing", lambda clock, rng, replicas: BoundedHashing(clock)),

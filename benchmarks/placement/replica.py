@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.placement.traces import LOAD_S
@@ -23,13 +23,17 @@ class Request:
 
 @dataclass(slots=True)
 class SimulatedReplica:
-    """Times are handed in. `bank` maps an adapter to the moment it is ready."""
+    """Times are handed in. `bank` maps an adapter to the moment it is ready.
+
+    Who is the readiest `to_leave`, by its rows and the seconds it has been idle, makes room.
+    """
 
     replica_id: str
     number: int
     slots: int
     rows: int
     ranks: Mapping[AdapterVersion, int]
+    to_leave: Callable[[int, float], float] = readiness_to_leave
     is_alive: bool = True
     rows_used: int = 0
     bank: dict[AdapterVersion, float] = field(default_factory=dict)
@@ -125,7 +129,7 @@ class SimulatedReplica:
         while self.rows_used + rows > self.rows:
             loose = [version for version in self.bank if self._is_loose(version)]
             victim = max(
-                loose, key=lambda v: readiness_to_leave(self.ranks[v], now_s - self.used_s[v])
+                loose, key=lambda v: self.to_leave(self.ranks[v], now_s - self.used_s[v])
             )
             del self.bank[victim]
             self.rows_used -= self.ranks[victim]

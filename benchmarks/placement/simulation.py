@@ -177,7 +177,12 @@ class Simulation:
         if replica_id in self.replicas:
             number = self.replicas[replica_id].number
         replica = SimulatedReplica(
-            replica_id, number, self._fleet.slots, self._fleet.bank_rows, self._ranks
+            replica_id,
+            number,
+            self._fleet.slots,
+            self._fleet.bank_rows,
+            self._ranks,
+            self._policy.to_leave,
         )
         self.replicas[replica_id] = replica
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.placement.__main__ import QUICK_FLEET, QUICK_SPAN, Case, run
 from benchmarks.placement.bars import rows_of
 from benchmarks.placement.measures import Outcome
-from benchmarks.placement.policies import OURS, RIVALS, Policy
+from benchmarks.placement.policies import OURS, RAYS_RULE_OUR_BANK, RIVALS, Policy
 from benchmarks.placement.replica import Request, SimulatedReplica
 from benchmarks.placement.simulation import Loss, Simulation
 from benchmarks.placement.traces import LOAD_S, WORKLOADS, Fleet, Span, best_hit_rate, draw
@@ -96,6 +96,22 @@ def test_a_second_request_for_an_adapter_that_is_being_loaded_waits_and_lets_oth
     assert replica.start(waited, LOAD_S) == 0
 
 
+@pytest.mark.parametrize(
+    ("policy", "leaves"), [(OURS, "big"), (RAYS_RULE_OUR_BANK, "big"), (MULTIPLEX_RULE, "old")]
+)
+def test_a_rivals_bank_gives_up_the_least_recently_used_and_ours_weighs_its_rows(
+    policy: Policy, leaves: str
+) -> None:
+    named = {name: AdapterVersion(digit * 64) for name, digit in (("old", "1"), ("big", "2"))}
+    new = AdapterVersion("3" * 64)
+    ranks = {named["old"]: 1, named["big"]: 8, new: 1}
+    replica = SimulatedReplica("a", 0, slots=4, rows=9, ranks=ranks, to_leave=policy.to_leave)
+    for index, version in enumerate((named["old"], named["big"], new)):
+        replica.start(Request(index, version, 0.1, float(index)), now_s=float(index))
+        replica.finish(index)
+    assert set(replica.bank) == {new, *named.values()} - {named[leaves]}
+
+
 def test_ours_is_judged_beside_rays_rule_where_both_were_run() -> None:
     outcome = Outcome(
         0.9, hit_of_best=0.95, imbalance=1.02, worst_imbalance=1.1, wait_p50_ms=0.0, wait_p99_ms=1.0
@@ -104,6 +120,9 @@ def test_ours_is_judged_beside_rays_rule_where_both_were_run() -> None:
     outcomes = [(Case(OURS, "zipf", True, 0.55, seed), outcome) for seed in (1, 2)]
     outcomes.append((Case(OURS, "drift", True, 0.55, 1), outcome))
     outcomes.append((Case(MULTIPLEX_RULE, "zipf", True, 0.55, 1), rays))
-    hits, excess = (row for row in rows_of(outcomes) if row.name.startswith("ours beside"))
+    outcomes.append((Case(RAYS_RULE_OUR_BANK, "zipf", True, 0.55, 1), outcome))
+    hits, excess, *told = (row for row in rows_of(outcomes) if row.name.startswith("ours beside"))
     assert hits.rounds == pytest.approx((0.04,)) and hits.met
     assert excess.rounds == pytest.approx((0.1,)) and excess.met
+    assert [row.bar for row in told] == [None, None]
+    assert told[0].rounds == pytest.approx((0.0,))
