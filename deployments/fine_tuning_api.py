@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -13,16 +13,14 @@ from deployments import fine_tuning_examples as examples
 from deployments.api import Api, api_of, caller_of
 from deployments.errors import AdminOnlyError, JobEndedError, NameTakenError
 from deployments.fine_tuning_schema import CreateJob
-from deployments.fine_tuning_views import checkpoints_view, events_view, job_view
+from deployments.fine_tuning_views import checkpoints_view, event_us, events_view, job_view
 from deployments.query import check_query
 from storage.errors import InvalidRequestError, NotFoundError
 from storage.identity import AdapterName
-from training.events import TrainingEvent
 from training.service.job import FineTuningJob
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-View = Callable[[FineTuningJob, Sequence[TrainingEvent]], list[dict[str, Any]]]
 Limit = Annotated[int, Query(ge=1, le=100)]
 After = Annotated[str | None, Query(max_length=128, description="The last id of a page.")]
 
@@ -105,8 +103,17 @@ async def cancel(request: Request, job_id: str) -> dict[str, Any]:
 async def list_events(
     request: Request, job_id: str, after: After = None, limit: Limit = 20
 ) -> dict[str, Any]:
-    """What happened, newest first: every step with its loss among it."""
-    return await _told(request, job_id, events_view, after, limit)
+    """What happened, newest first: every step with its loss among it. A page costs what is in it."""
+    check_query(request, "after", "limit")
+    training, tenant = api_of(request).training, caller_of(request).tenant
+
+    def read() -> dict[str, Any]:
+        job = training.records.get(tenant, job_id)
+        told = training.events(job, None if after is None else event_us(after))
+        shown = list(islice(events_view(job, told, after), limit + 1))
+        return _page(shown[:limit], len(shown) > limit)
+
+    return await asyncio.to_thread(read)
 
 
 @router.get("/{job_id}/checkpoints", responses=examples.CHECKPOINTS)
@@ -114,19 +121,12 @@ async def list_checkpoints(
     request: Request, job_id: str, after: After = None, limit: Limit = 10
 ) -> dict[str, Any]:
     """The version that the job published, under a name that means no other one."""
-    return await _told(request, job_id, checkpoints_view, after, limit)
-
-
-async def _told(
-    request: Request, job_id: str, view: View, after: str | None, limit: int
-) -> dict[str, Any]:
-    """A page of what a view makes of a job and its training's events."""
     check_query(request, "after", "limit")
     training, tenant = api_of(request).training, caller_of(request).tenant
 
     def read() -> dict[str, Any]:
         job = training.records.get(tenant, job_id)
-        return _after(view(job, training.events(job)), after, limit)
+        return _after(checkpoints_view(job, training.events(job)), after, limit)
 
     return await asyncio.to_thread(read)
 

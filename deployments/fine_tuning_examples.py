@@ -39,7 +39,7 @@ _JOB: dict[str, Any] = {
     "training_job": "ftbatch-199c82cd3895d07e1aa",
 }
 _EVENT: dict[str, Any] = {
-    "id": "ftevent-5a81c9e44b03f2a9c41d07be",
+    "id": "ftevent-0643d0a1f5c2805a81c9e44b",
     "object": "fine_tuning.job.event",
     "created_at": 1_760_000_150,
     "level": "info",

@@ -6,17 +6,15 @@ import logging
 import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 from deployments.multipart import PartStart
 from deployments.upload import Form, Uploads
 from storage.errors import FloraError, InvalidRequestError
 from storage.object_store import ObjectStore
 from training.config import TrainingSettings
+from training.event_history import EventHistory
 from training.events import TrainingEvent
-from training.job_store import JobStore
 from training.service.desk import Desk
 from training.service.files import UploadedFiles
 from training.service.job import FineTuningJob
@@ -26,7 +24,6 @@ from training.service.records import JobRecords, desk_folder
 _BUSY_S = 1.0
 _IDLE_S = 5.0
 """How often the desk looks for jobs: while there are some, and while there are none."""
-_HISTORIES = 4
 
 _log = logging.getLogger(__name__)
 
@@ -38,41 +35,6 @@ def _only_file(part: PartStart) -> str:
 
 
 FILE_FORM = Form(frozenset({"purpose"}), _only_file)
-
-
-@dataclass
-class _History:
-    """What was read of a training job's events, by adapter."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    cursor: str = ""
-    by_adapter: dict[str, list[TrainingEvent]] = field(default_factory=dict)
-
-
-class _Histories:
-    """Events of training jobs, read on from where the last question ended. Any thread."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-        self._read: OrderedDict[str, _History] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, training_job: str, adapter: str) -> list[TrainingEvent]:
-        """All that was told of one adapter so far, in order."""
-        with self._lock:
-            history = self._read.pop(training_job, None) or _History()
-            self._read[training_job] = history
-            if len(self._read) > _HISTORIES:
-                self._read.popitem(last=False)
-        # Nobody waits for what is read of another training job.
-        with history.lock:
-            page = JobStore(self._store, training_job).read_events(history.cursor)
-            history.cursor = page.next
-            for event in page.events:
-                name = getattr(event, "adapter", None)
-                if name is not None:
-                    history.by_adapter.setdefault(name, []).append(event)
-            return list(history.by_adapter.get(adapter, ()))
 
 
 class TrainingService:
@@ -93,7 +55,7 @@ class TrainingService:
         self.base = base
         self.files = UploadedFiles(store, time.time)
         self.records = JobRecords(store)
-        self._histories = _Histories(store)
+        self._history = EventHistory(store)
         self.uploads = Uploads(settings.max_file_bytes, form=FILE_FORM)
         self._make_desk = make_desk
         self._lease = Lease(store, f"{desk_folder(base_id)}lease.json", uuid.uuid4().hex, time.time)
@@ -101,9 +63,11 @@ class TrainingService:
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="training-desk", daemon=True)
 
-    def events(self, job: FineTuningJob) -> list[TrainingEvent]:
-        """What was told of a job's training so far, in order. Blocks."""
-        return [] if job.batch is None else self._histories.of(job.batch, job.name)
+    def events(self, job: FineTuningJob, until_us: int | None = None) -> Iterator[TrainingEvent]:
+        """What was told of a job's training, newest first, from a time on. Blocks, also while it is gone through."""
+        if job.batch is None:
+            return iter(())
+        return self._history.back(job.batch, job.name, until_us)
 
     def follow(self) -> None:
         """Work at the desk whenever nobody else does, for the rest of the process or until `stop`."""

@@ -186,6 +186,11 @@ def event_line(event: TrainingEvent) -> bytes:
     return json.dumps({"event": event.kind, **_plain(asdict(event))}).encode() + b"\n"
 
 
+def told_us(event: TrainingEvent) -> int:
+    """When it was told, in microseconds since the epoch."""
+    return round(event.at_s * 1e6)
+
+
 def parse_event(line: bytes) -> TrainingEvent:
     """What `event_line` wrote; null reads as NaN. Raises ValueError for anything else."""
     try:

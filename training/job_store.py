@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from heapq import merge
 from types import TracebackType
@@ -37,6 +38,8 @@ DRIVER = "driver"
 
 FLUSH_EVERY_S = 1.0
 _OBJECT_BYTES = 256 << 10
+_FIRST_BYTES = 4 << 10
+_TICK_S = 1e-6  # clocks may stand still or be set back
 _NAME = re.compile(r"(?P<writer>.+)-(?P<number>\d{4,})\.jsonl")
 
 logger = logging.getLogger("flora.training")
@@ -51,6 +54,14 @@ class EventPage:
 
     events: tuple[TrainingEvent, ...]
     next: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventObject:
+    """Some of a writer's lines, as they were listed: more may follow in the last object of a writer."""
+
+    key: str
+    num_bytes: int
 
 
 class JobStore:
@@ -85,18 +96,52 @@ class JobStore:
         """
         position = _parsed_cursor(cursor)
         new: dict[str, list[TrainingEvent]] = {}
-        for source, sizes in self._objects(writer).items():
+        for source, objects in self.event_objects(writer).items():
             at, offset = position.get(source, (0, 0))
-            for number in sorted(number for number in sizes if number >= at):
+            for number in sorted(number for number in objects if number >= at):
                 offset = offset if number == at else 0
+                one = objects[number]
                 # One that has a successor has ended, perhaps after its size was listed.
-                if number == max(sizes) and sizes[number] <= offset:
+                if number == max(objects) and one.num_bytes <= offset:
                     continue
-                data = self._rest(f"{source}-{number:04}.jsonl", offset, sizes[number])
-                new.setdefault(source, []).extend(_events(data, source))
+                data = self.event_lines(one, offset)
+                new.setdefault(source, []).extend(self.parsed(one, data.splitlines()))
                 position[source] = (number, offset + len(data))
         events = merge(*new.values(), key=lambda event: event.at_s)
         return EventPage(tuple(events), json.dumps(position, separators=(",", ":")))
+
+    def event_objects(self, writer: str = "") -> dict[str, dict[int, EventObject]]:
+        """Each writer, or each of that name → its objects, by their numbers."""
+        found: dict[str, dict[int, EventObject]] = {}
+        for info in self._store.list(self._events + (f"{writer}-" if writer else "")):
+            name = _NAME.fullmatch(info.key.removeprefix(self._events))
+            if name is not None:
+                one = EventObject(info.key, info.num_bytes)
+                found.setdefault(name["writer"], {})[int(name["number"])] = one
+        return found
+
+    def event_lines(self, one: EventObject, offset: int = 0, stop: int | None = None) -> bytes:
+        """Up to `stop`, or to its end: it may have grown since it was listed, except one of a single long line."""
+        try:
+            stop = max(one.num_bytes, _OBJECT_BYTES) if stop is None else stop
+            return self._store.get_range(one.key, offset, stop)
+        except ObjectNotFoundError:  # removed since
+            return b""
+
+    def first_event(self, one: EventObject) -> TrainingEvent:
+        """Raises as `parsed`."""
+        line, newline, _ = self.event_lines(one, stop=_FIRST_BYTES).partition(b"\n")
+        if not newline:
+            line, _, _ = self.event_lines(one).partition(b"\n")
+        return self.parsed(one, (line,))[0]
+
+    def parsed(self, one: EventObject, lines: Iterable[bytes]) -> list[TrainingEvent]:
+        """Some of its lines as events. Raises AdapterCorruptError."""
+        try:
+            return [parse_event(line) for line in lines]
+        except ValueError as error:
+            name = one.key.removeprefix(self._events)
+            raise AdapterCorruptError(f"the events of {name} cannot be read: {error}") from error
 
     def put_file(self, name: str, data: bytes) -> None:
         """Keep a file of the job, in place of an earlier one of that name."""
@@ -117,22 +162,6 @@ class JobStore:
     def _file(self, name: str) -> str:
         return f"{self.folder}files/{name}"
 
-    def _objects(self, writer: str) -> dict[str, dict[int, int]]:
-        """Each writer, or each of that name → number of an object → its bytes."""
-        found: dict[str, dict[int, int]] = {}
-        for info in self._store.list(self._events + (f"{writer}-" if writer else "")):
-            name = _NAME.fullmatch(info.key.removeprefix(self._events))
-            if name is not None:
-                found.setdefault(name["writer"], {})[int(name["number"])] = info.num_bytes
-        return found
-
-    def _rest(self, name: str, offset: int, num_bytes: int) -> bytes:
-        """To its end: it may have grown since it was listed, except one of a single long line."""
-        try:
-            return self._store.get_range(self._events + name, offset, max(num_bytes, _OBJECT_BYTES))
-        except ObjectNotFoundError:  # removed since
-            return b""
-
 
 class EventWriter:
     """An `EventSink`: what it is told is stored within `FLUSH_EVERY_S` by a thread of its own, or at once by `flush`.
@@ -145,6 +174,7 @@ class EventWriter:
         self._store = store
         self._key = key
         self._clock = clock
+        self._told_s = -math.inf
         self._number = 0
         self._stored = b""  # of the current object
         self._waiting: list[bytes] = []
@@ -155,9 +185,10 @@ class EventWriter:
         self._thread.start()
 
     def __call__(self, event: TrainingEvent) -> None:
-        """Take the event in, with the time. Waits for no store."""
+        """Take the event in, with the time, which is later than the last one's. Waits for no store."""
         with self._telling:
-            self._waiting.append(event_line(replace(event, at_s=self._clock())))
+            self._told_s = max(self._clock(), self._told_s + _TICK_S)
+            self._waiting.append(event_line(replace(event, at_s=self._told_s)))
 
     def __enter__(self) -> Self:
         return self
@@ -212,13 +243,6 @@ class EventWriter:
                 is_away = True
             else:
                 is_away = False
-
-
-def _events(data: bytes, writer: str) -> list[TrainingEvent]:
-    try:
-        return [parse_event(line) for line in data.splitlines()]
-    except ValueError as error:
-        raise AdapterCorruptError(f"the events of {writer} cannot be read: {error}") from error
 
 
 def _parsed_cursor(cursor: str) -> dict[str, tuple[int, int]]:
