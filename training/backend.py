@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from storage.errors import NotFoundError
+from storage.errors import NotFoundError, OverloadedError
 from training.stored_spec import STORED
 
 
@@ -34,6 +34,21 @@ class JobInfo:
     message: str = ""
 
 
+class ClusterAwayError(OverloadedError):
+    """The cluster that trains does not answer, or not now."""
+
+    code = "cluster_unavailable"
+
+
+class ClusterRefusedError(OverloadedError):
+    """The cluster that trains answers, and takes no job until whoever runs it changes something.
+
+    The message is for whoever that is: it may name what is the cluster's own.
+    """
+
+    code = "cluster_refused"
+
+
 def entrypoint(spec_key: str, job_id: str) -> str:
     """The shell command that is a job, where its cluster is."""
     return shlex.join(["python", "-m", "training.job", f"{STORED}{spec_key}", "--job-id", job_id])
@@ -44,7 +59,7 @@ def unknown_job(job_id: str) -> NotFoundError:
 
 
 class JobBackend(Protocol):
-    """Every method raises OverloadedError when the cluster cannot be reached, StoreUnavailableError never."""
+    """Every method raises ClusterAwayError and ClusterRefusedError, StoreUnavailableError never."""
 
     def submit(self, spec_key: str, job_id: str) -> JobInfo:
         """Start the job whose specification lies in the registry's store under `spec_key`.

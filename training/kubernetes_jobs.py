@@ -19,9 +19,16 @@ from typing import Any
 import httpx
 import yaml
 
-from storage.errors import OverloadedError, SpecificationError
+from storage.errors import SpecificationError
 from storage.identity import checked_name
-from training.backend import JobInfo, JobStatus, entrypoint, unknown_job
+from training.backend import (
+    ClusterAwayError,
+    ClusterRefusedError,
+    JobInfo,
+    JobStatus,
+    entrypoint,
+    unknown_job,
+)
 from training.job_settings import JobSettings, as_environment
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -31,6 +38,7 @@ ATTEMPT_LABEL = "flora.training/attempt"
 
 _KIND = ("ray.io/v1", "RayJob")
 _TIMEOUT_S = 10.0
+_PASSING = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _LONGEST_NAME = 40  # KubeRay allows 47, and an attempt's number follows
 _STATUS = {
     "PENDING": JobStatus.QUEUED,
@@ -71,9 +79,14 @@ class KubernetesJobBackend:
             return last.info
         number = 1 if last is None else last.number + 1
         made = self._request("POST", self._jobs, json=self._manifest(spec_key, job_id, number))
-        if made.status_code != httpx.codes.CONFLICT:  # somebody else began the same attempt
+        if made.status_code != httpx.codes.CONFLICT:
             _checked(made)
-        return self.get(job_id)
+            return self.get(job_id)
+        # Somebody else began the same attempt; or something else has its name.
+        begun = self._last_attempt(job_id)
+        if begun is None:
+            raise _refusal(made)
+        return begun.info
 
     def get(self, job_id: str) -> JobInfo:
         return self._known(job_id).info
@@ -141,7 +154,7 @@ class KubernetesJobBackend:
         try:
             return (self._account / name).read_text().strip()
         except OSError:
-            raise OverloadedError(
+            raise ClusterRefusedError(
                 "jobs are to run on Kubernetes, but this process has no service account there"
             ) from None
 
@@ -157,7 +170,7 @@ class KubernetesJobBackend:
             ) as client:
                 return client.request(method, path, headers=headers, **options)
         except httpx.HTTPError as error:
-            raise OverloadedError(f"the Kubernetes API does not answer: {error}") from error
+            raise ClusterAwayError(f"the Kubernetes API does not answer: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +237,16 @@ def _read_template(path: Path) -> dict[str, Any]:
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
+    raise _refusal(response)
+
+
+def _refusal(response: httpx.Response) -> ClusterAwayError | ClusterRefusedError:
+    """Whether another try alone may change it."""
     try:
         reason = response.json()["message"]
     except (ValueError, KeyError, TypeError):
-        reason = f"status {response.status_code}"
-    raise OverloadedError(f"the Kubernetes API refused: {reason}")
+        reason = "it gave no reason"
+    said = f"the Kubernetes API refused with status {response.status_code}: {reason}"
+    if response.is_client_error and response.status_code not in _PASSING:
+        return ClusterRefusedError(said)
+    return ClusterAwayError(said)

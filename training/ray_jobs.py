@@ -18,9 +18,15 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus as RayStatus
 from ray.job_submission import JobSubmissionClient
 
-from storage.errors import OverloadedError
 from storage.identity import checked_name
-from training.backend import JobInfo, JobStatus, entrypoint, unknown_job
+from training.backend import (
+    ClusterAwayError,
+    ClusterRefusedError,
+    JobInfo,
+    JobStatus,
+    entrypoint,
+    unknown_job,
+)
 from training.job_settings import JobSettings, as_environment
 
 _STATUS = {
@@ -72,7 +78,7 @@ class RayJobBackend:
         except RuntimeError as error:
             # The id is taken: somebody else began the same attempt. Anything else is a refusal.
             if _find(client, attempt_id) is None:
-                raise OverloadedError(f"the cluster did not take the job: {error}") from error
+                raise ClusterAwayError(f"the cluster did not take the job: {error}") from error
         return self.get(job_id)
 
     def get(self, job_id: str) -> JobInfo:
@@ -94,10 +100,14 @@ class RayJobBackend:
         try:
             with _alone(self._address):
                 return JobSubmissionClient(self._address)
-        except (OSError, RuntimeError, AuthenticationError) as error:
-            raise OverloadedError(
-                f"the job server at {self._address or 'the default address'} cannot be used: {error}"
-            ) from error
+        except AuthenticationError as error:
+            raise ClusterRefusedError(f"{self._server} takes no job from here: {error}") from error
+        except (OSError, RuntimeError) as error:
+            raise ClusterAwayError(f"{self._server} cannot be used: {error}") from error
+
+    @property
+    def _server(self) -> str:
+        return f"the job server at {self._address or 'the default address'}"
 
 
 @contextmanager
@@ -146,9 +156,9 @@ def _find(client: JobSubmissionClient, attempt_id: str) -> JobInfo | None:
     try:
         found = client.get_job_info(attempt_id)
     except OSError as error:  # what requests raises when nobody answers
-        raise OverloadedError(f"the job server does not answer: {error}") from error
+        raise ClusterAwayError(f"the job server does not answer: {error}") from error
     except RuntimeError as error:
         if "does not exist" in str(error):
             return None
-        raise OverloadedError(f"the job server refused: {error}") from error
+        raise ClusterAwayError(f"the job server refused: {error}") from error
     return JobInfo(attempt_id, _STATUS[found.status], found.message or "")

@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from storage.config import StorageSettings
-from storage.errors import NotFoundError, OverloadedError, SpecificationError
+from storage.errors import NotFoundError, SpecificationError
 from tests.k8s.crds import crd_folder, errors, read_schema
-from training.backend import JobStatus
+from training.backend import ClusterAwayError, ClusterRefusedError, JobStatus
 from training.config import TrainingSettings
 from training.job_settings import JobSettings
 from training.kubernetes_jobs import KubernetesJobBackend
@@ -34,8 +34,11 @@ class FakeApi:
     url: str = ""
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     logs: dict[str, str] = field(default_factory=dict)
+    refusal: tuple[int, Any] | None = None
 
     def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+        if self.refusal is not None and method == "POST":
+            return self.refusal
         parts = urlsplit(path)
         wanted = parse_qs(parts.query).get("labelSelector", [""])[0].partition("=")
         match method, parts.path.strip("/").split("/"):
@@ -202,13 +205,32 @@ def test_any_id_has_a_name_that_kubernetes_takes(
 
 def test_what_cannot_work_is_said(api: FakeApi, account: Path, tmp_path: Path) -> None:
     settings = JobSettings()
-    with pytest.raises(OverloadedError, match="does not answer"):
+    with pytest.raises(ClusterAwayError, match="does not answer"):
         KubernetesJobBackend(TEMPLATE, settings, "http://127.0.0.1:9", account).get("one")
-    with pytest.raises(OverloadedError, match="no service account"):
+    with pytest.raises(ClusterRefusedError, match="no service account"):
         KubernetesJobBackend(TEMPLATE, settings, api.url, tmp_path / "none").get("one")
     (account / "token").write_text("somebody else's")
-    with pytest.raises(OverloadedError, match="who are you"):
+    with pytest.raises(ClusterRefusedError, match="who are you"):
         KubernetesJobBackend(TEMPLATE, settings, api.url, account).get("one")
     (tmp_path / "pod.yaml").write_text("apiVersion: v1\nkind: Pod\n")
     with pytest.raises(SpecificationError, match="no RayJob"):
         KubernetesJobBackend(tmp_path / "pod.yaml", settings, api.url, account)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (403, ClusterRefusedError),
+        (409, ClusterRefusedError),  # and there is no such job
+        (422, ClusterRefusedError),
+        (404, ClusterRefusedError),
+        (429, ClusterAwayError),
+        (500, ClusterAwayError),
+    ],
+)
+def test_what_another_try_may_change_is_told_from_what_it_may_not(
+    api: FakeApi, backend: KubernetesJobBackend, status: int, error: type[Exception]
+) -> None:
+    api.refusal = (status, {"message": "the quota is used up"})
+    with pytest.raises(error, match=f"{status}: the quota is used up"):
+        backend.submit("jobs/one/spec/spec.json", "one")

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.errors import InvalidRequestError
 from storage.identity import DEFAULT_ALIAS, AdapterName
 from training.spec import AdapterSpec
 
@@ -45,6 +46,10 @@ class Fault(BaseModel):
     code: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: InvalidRequestError) -> Self:
+        return cls(code=error.code, message=error.message, param=error.param)
 
 
 class Note(BaseModel):
@@ -163,6 +168,13 @@ class FineTuningJob(BaseModel):
         if self.status.is_final or self.attempts >= attempts:
             return None
         return self.model_copy(update={"attempts": attempts})
+
+    def held_up(self, message: str, now_s: float) -> Self | None:
+        """Its batch cannot begin now; said once, however long it lasts and however often it comes."""
+        is_told = any(note.message == message for note in self.notes)
+        if self.status is not FineTuningStatus.QUEUED or is_told:
+            return None
+        return self._changed(now_s, message, level="warn")
 
     def returned(self, batch: str, now_s: float, reason: str, *, is_alone: bool) -> Self | None:
         """Back to the queue, out of a batch that could not train it."""

@@ -102,7 +102,12 @@ class JobRecords:
         return [job for job in jobs if job is not None]
 
     def change(self, job: FineTuningJob, change: Change) -> FineTuningJob:
-        """The job as `change` leaves its newest state, which may be unchanged. Raises NotFoundError."""
+        """The job as `change` leaves its newest state, which may be unchanged. Raises NotFoundError.
+
+        One that has ended is returned as it is: it never changes again.
+        """
+        if job.status.is_final:
+            return job
 
         def apply(current: FineTuningJob | None) -> FineTuningJob | None:
             return None if current is None else change(current)

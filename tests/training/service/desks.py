@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from storage.base_checkpoint import BaseFacts
-from storage.errors import NotFoundError, OverloadedError
+from storage.errors import NotFoundError
 from storage.object_store import ObjectStore
-from training.backend import JobInfo, JobStatus
+from training.backend import ClusterAwayError, ClusterRefusedError, JobInfo, JobStatus
 from training.config import TrainingSettings
 from training.events import (
     AdapterFailed,
@@ -49,9 +49,13 @@ class Cluster:
     infos: dict[str, JobInfo] = field(default_factory=dict)
     submitted: list[str] = field(default_factory=list)
     is_up: bool = True
+    refusal: str = ""
+    asked: int = 0
 
     def submit(self, spec_key: str, job_id: str) -> JobInfo:
         self._check()
+        if self.refusal:
+            raise ClusterRefusedError(self.refusal)
         known = self.infos.get(job_id)
         if known is None or known.status is JobStatus.FAILED:
             self.submitted.append(job_id)
@@ -72,8 +76,9 @@ class Cluster:
         yield from ()
 
     def _check(self) -> None:
+        self.asked += 1
         if not self.is_up:
-            raise OverloadedError("the cluster is away")
+            raise ClusterAwayError("nobody answers at 10.0.0.1")
 
     def _end(self, job_id: str, status: JobStatus, message: str = "") -> None:
         self.infos[job_id] = replace(self.get(job_id), status=status, message=message)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from storage import layout
-from storage.errors import OverloadedError
 from storage.identity import AdapterName
 from storage.manifest import AliasRecord
 from storage.object_store import ObjectStore
@@ -226,32 +225,54 @@ def test_a_full_batch_does_not_wait(local: ObjectStore) -> None:
     assert [world.now(job).batch is not None for job in jobs] == [True, True, False]
 
 
-def test_a_cluster_that_is_away_for_a_while_costs_nothing(world: World) -> None:
+def test_a_cluster_that_is_away_for_a_while_costs_nothing_and_is_asked_ever_more_rarely(
+    world: World,
+) -> None:
     job = world.create("one")
     world.tick()
     world.cluster.is_up = False
-    world.tick(5, 60)
+    world.tick(5, *[1.0] * 600)
     assert statuses(world, job) == [QUEUED]
+    assert 8 < world.cluster.asked < 20
+    (told,) = [note.message for note in world.now(job).notes if note.level == "warn"]
+    assert "cannot be reached" in told and "10.0.0.1" not in told
     world.cluster.is_up = True
     # Whether it was begun is not known: the cluster is asked.
-    world.tick()
+    world.tick(60)
     assert len(world.cluster.submitted) == 1
-
-
-def test_a_cluster_that_answers_and_takes_no_job_costs_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = world.create("one")
-
-    def refuse(spec_key: str, job_id: str) -> None:
-        raise OverloadedError("the webhook is down")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(world.cluster, "submit", refuse)
-        world.tick(0, 5, 1, 1, 1, 1)
-    assert (world.now(job).status, world.now(job).attempts) == (QUEUED, 0)
+    world.cluster.is_up = False
     world.tick(1)
-    assert world.cluster.submitted == [batch_of(world, job)]
+    world.cluster.is_up = True
+    world.cluster.begin(batch_of(world, job))
+    world.tick(1)
+    assert statuses(world, job) == [RUNNING], "what went well makes the next pause short"
+
+
+def test_a_job_that_the_cluster_refuses_says_so_and_begins_when_it_no_longer_does(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = world.create("one"), world.create("two", tenant="other")
+    world.cluster.refusal = 'rayjobs is forbidden: User "system:serviceaccount:flora"'
+    world.tick(0, 5, *[60.0] * 30)
+    for job in (one, other):
+        assert (world.now(job).status, world.now(job).attempts) == (QUEUED, 0)
+        told = [note.message for note in world.now(job).notes if note.level == "warn"]
+        assert len(told) == 1 and "the cluster refused to begin the job" in told[0]
+        assert "forbidden" not in str(world.now(job)), "that is for whoever runs the cluster"
+    assert "system:serviceaccount:flora" in caplog.text
+    assert world.cluster.asked < 40
+    world.cluster.refusal = ""
+    world.tick(300)
+    assert world.cluster.submitted == [batch_of(world, one), batch_of(world, other)]
+
+
+def test_a_job_that_the_cluster_refuses_can_be_cancelled(world: World) -> None:
+    job = world.create("one")
+    world.cluster.refusal = "no"
+    world.tick(0, 5)
+    cancel(world, job)
+    world.tick(300)
+    assert world.records.open("tiny") == []
 
 
 def test_a_job_that_is_cancelled_while_its_batch_is_made_is_not_begun(
@@ -259,13 +280,13 @@ def test_a_job_that_is_cancelled_while_its_batch_is_made_is_not_begun(
 ) -> None:
     job = world.create("one")
     world.tick()
-    start = world.desk._start
+    start = world.desk._batches._start
 
     def late(batch_id: str, members: Iterable[FineTuningJob], attempt: int) -> JobInfo:
         cancel(world, job)
         return start(batch_id, members, attempt)
 
-    monkeypatch.setattr(world.desk, "_start", late)
+    monkeypatch.setattr(world.desk._batches, "_start", late)
     world.tick(5, 1)
     assert world.cluster.submitted == [] and world.records.open("tiny") == []
 
