@@ -128,9 +128,7 @@ class SimulatedReplica:
     def _make_room(self, rows: int, now_s: float) -> None:
         while self.rows_used + rows > self.rows:
             loose = [version for version in self.bank if self._is_loose(version)]
-            victim = max(
-                loose, key=lambda v: self.to_leave(self.ranks[v], now_s - self.used_s[v])
-            )
+            victim = max(loose, key=lambda v: self.to_leave(self.ranks[v], now_s - self.used_s[v]))
             del self.bank[victim]
             self.rows_used -= self.ranks[victim]
         self.rows_used += rows

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.command import parse
 from benchmarks.quality_languages.contest import SEARCHED_IN, Sizes, rows_of
 from benchmarks.quality_languages.languages import LANGUAGES
 from benchmarks.quality_languages.packages import Package, fetch, sources
@@ -25,6 +26,7 @@ from benchmarks.quality_languages.study import Findings, Study
 from benchmarks.quality_languages.windows import Counts, Parts, split
 from benchmarks.results_file import Row, print_rows, write_result
 from training.frozen_base import FrozenBase
+from workers.large_pages import kept_memory
 from workers.models.loading import LoadedBase, load_base
 
 CLAIM = (
@@ -55,7 +57,6 @@ def read_parts(directory: Path, base: LoadedBase, sizes: Sizes) -> dict[str, Par
 
 def main() -> None:
     arguments = _parse()
-    torch.set_num_threads(arguments.threads)
     sizes = Sizes(
         window=arguments.window,
         steps=arguments.steps,
@@ -65,7 +66,7 @@ def main() -> None:
     )
     directory = arguments.directory.expanduser()
     loaded = load_base(
-        str(arguments.base.expanduser()), _DTYPES[arguments.dtype], torch.device(arguments.device)
+        str(arguments.base), _DTYPES[arguments.dtype], torch.device(arguments.device)
     )
     packages = fetch(
         directory / "packages", [name for language in LANGUAGES for name in language.packages]
@@ -121,7 +122,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, default=sizes.counts.held_out, help="windows")
     parser.add_argument("--save-every", type=int, default=5, help="steps")
     parser.add_argument("--max-step-tokens", type=int, default=2048)
-    return parser.parse_args()
+    return parse(parser, kept_memory())
 
 
 def _workload(
