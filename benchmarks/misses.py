@@ -12,9 +12,9 @@ _LOADS = (
     "The step thread waits for none of them. Next: rows written to disk as the bank keeps them."
 )
 _FLOAT32 = (
-    "From about 100 tokens on, this CPU is at the limit of its float32 arithmetic with one adapter already, so eight gain "
-    "only what attention, loss and the optimizer gain: 207 tokens a second beside 170. In bfloat16, which its matrix unit "
-    "speeds up, the same row is at 1.89. Next: attention over all adapters' tokens at once."
+    "From about 100 tokens on, this CPU is at the limit of its float32 arithmetic with one adapter already, so eight "
+    "gain only what attention, loss and the optimizer gain: 207 tokens a second beside 170. In bfloat16, which its "
+    "matrix unit speeds up, the same row is at 1.89. Next: attention over all adapters' tokens at once."
 )
 
 _STREAMED = (
