@@ -3,7 +3,7 @@
 Through the trainer that jobs use, without Ray: forward, backward, clipping and AdamW of every adapter. An adapter's
 batch is one sequence of random tokens, all of them learnt. A round is one optimizer step of every adapter on each
 side; of the adapters that train one after another a few are timed and stand for all, which are alike. All of it is
-meant to take about 12 minutes on two quiet cores; `--quick` measures the sizes that have bars.
+meant to take about 15 minutes on two quiet cores; `--quick` measures the sizes that have bars.
 
     python -m benchmarks.training --base ~/.flora/bases/smollm2-135m-instruct
 """
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -54,6 +54,8 @@ class Sizes:
     adapters: tuple[int, ...] = (1, 8, 32)
     tokens: tuple[int, ...] = (32, 128, 512)
     bars: Mapping[tuple[int, int], float] = field(default_factory=lambda: _BARS)
+    farther: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: {8: (1024, 2048)})
+    """By adapters, more tokens of each: without the peer, and only as long as the gain has not faded."""
     apart: int = 4
     ranks: tuple[int, int] = (1, 16)
     rank_bar: float = 1.8
@@ -65,7 +67,7 @@ class Sizes:
     """(adapters, tokens) whose memory is measured."""
 
 
-QUICK = Sizes(adapters=(8,), tokens=(32, 128))
+QUICK = Sizes(adapters=(8,), tokens=(32, 128), farther={})
 
 
 def measure(
@@ -78,7 +80,8 @@ def measure(
 ) -> list[Row]:
     """All rows of one type of the frozen base; rows of adapters and their optimizer are float32 in any."""
     sizes = sizes or Sizes()
-    longest = max(sizes.rank_tokens, *sizes.tokens)
+    farther = chain.from_iterable(sizes.farther.get(count, ()) for count in sizes.adapters)
+    longest = max(sizes.rank_tokens, *sizes.tokens, *farther)
     frozen = FrozenBase.adopt(load_base(str(base), dtype, device), max_tokens=longest + 1)
     kind = str(dtype).removeprefix("torch.")
     targets = sorted({path.rpartition(".")[2] for path in frozen.layers.projections})
@@ -94,6 +97,11 @@ def measure(
             found = _together_and_apart(frozen, peft, rounds, sizes, count, tokens, kind)
             gains[tokens] = found[0].value
             rows += found
+        for tokens in sizes.farther.get(count, ()):
+            if gains[max(gains)] >= FADED:
+                found = _together_and_apart(frozen, None, rounds, sizes, count, tokens, kind)
+                gains[tokens] = found[0].value
+                rows += found
         faded = fades_at(gains)
         if count > 1 and faded is not None:
             name = f"{kind}, {count} adapters: tokens each from which together gains less than {FADED} ×"

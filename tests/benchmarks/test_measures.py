@@ -177,6 +177,18 @@ def test_training_is_measured_together_and_apart(tiny_llama_dir: Path) -> None:
     assert (ranks.bar, ranks.better) == (1.8, "lower")
 
 
+@pytest.mark.parametrize(("faded", "is_measured"), [(0.0, True), (float("inf"), False)])
+def test_longer_batches_are_measured_only_while_together_gains(
+    faded: float, is_measured: bool, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "FADED", faded)
+    sizes = training.Sizes(
+        adapters=(2,), tokens=(4,), farther={2: (6,)}, rank_tokens=4, vocabulary=200, peft=False
+    )
+    rows = {row.name for row in training.measure(tiny_llama_dir, 1, sizes=sizes)}
+    assert ("bfloat16, 2 FLoRA r1, 6 tokens each: together, tokens/s" in rows) is is_measured
+
+
 def test_the_place_where_a_gain_fades_lies_between_the_sizes_around_it() -> None:
     assert training.fades_at({32: 2.0, 128: 1.5, 512: 1.2}) is None
     found = training.fades_at({32: 2.0, 128: 1.3, 512: 0.9})
