@@ -98,7 +98,7 @@ class CreateJob(BaseModel):
         default=None, max_length=0, description="None are known."
     )
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        default="float32", description="Of the frozen base."
+        default="bfloat16", description="Of the frozen base."
     )
     adapter: dict[str, Any] = Field(
         default_factory=dict,

@@ -225,7 +225,8 @@ class TrainingSpec(BaseModel):
     )
     tenant: str = DEFAULT_TENANT
     dtype: Literal["float32", "bfloat16", "float64"] = Field(
-        default="float32", description="Of the frozen base; adapters train in float32 or wider."
+        default="bfloat16",
+        description="Of the frozen base, which is served in bfloat16 by default; adapters train in float32 or wider.",
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every_steps: int = Field(default=50, ge=1)

@@ -79,6 +79,7 @@ def spec(tiny_llama_dir: Path, tmp_path: Path) -> TrainingSpec:
         f"""
 base: {tiny_llama_dir}
 base_id: tiny
+dtype: float32
 checkpoint_every_steps: 4
 defaults: {{data: data.jsonl, batch_size: 2}}
 adapters:

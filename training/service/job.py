@@ -70,7 +70,7 @@ class FineTuningRequest(BaseModel):
     tenant: str
     base: str
     base_id: str
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     training_file: str
     validation_file: str | None = None
     suffix: str | None = None

@@ -201,7 +201,7 @@ def test_a_batch_that_is_refused_is_tried_one_by_one(world: World) -> None:
 def test_jobs_of_two_tenants_or_types_never_share_a_batch(local: ObjectStore) -> None:
     world = World(local, max_running_batches=3)
     ours, theirs = world.create("one"), world.create("one", tenant="other")
-    wide = world.create("wide", dtype="bfloat16")
+    wide = world.create("wide", dtype="float32")
     world.tick(0, 5)
     assert len({world.now(job).batch for job in (ours, theirs, wide)}) == 3
 
