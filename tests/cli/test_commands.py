@@ -44,8 +44,17 @@ def test_a_command_can_speak_json(flora: Flora, command: list[str]) -> None:
 
 
 def test_the_promised_commands_exist(flora: Flora) -> None:
-    names = {command[0] for command in commands()}
-    assert names >= {"up", "down", "status", "demo", "chat", "train", "adapters", "base", "doctor"}
+    promised = {
+        "": "up down status demo chat train doctor",
+        "adapters": "ls show push pull import alias pin rm gc verify",
+        "base": "pull ls",
+        "jobs": "ls show logs cancel",
+        "keys": "create ls revoke",
+    }
+    names = {" ".join(command) for command in commands()}
+    assert names >= {
+        f"{group} {name}".strip() for group, some in promised.items() for name in some.split()
+    }
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from deployments.app import placement_spec
 from storage import layout
 from storage.identity import AdapterName, AdapterVersion
 from tests.deployments.background_load import BackgroundLoad
+from tests.deployments.metrics.scraping import scrape
 from tests.deployments.serving import Served, serve_world, until
 from tests.deployments.telling_adapters import TellingAdapters
 from tests.deployments.world import BASE_ID, World, settings_for
@@ -218,6 +219,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
     never_asked = faulty.publish("never-asked", faulty.letters(1))
     until(lambda: _serves(served, "never-asked") == never_asked, "the table knows it")
     assert served.state()["registry_error"] is None
+    assert set(_registry_gauges(served)) == {1.0}
 
     tiers: set[str] = set()
     order = random.Random(0)
@@ -247,6 +249,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
                 return tiers == {"device", "host", "disk"}
 
             until(are_all_near, "answers from every tier")
+            until(lambda: set(_registry_gauges(served)) == {0.0}, "every gauge is down")
             while time.monotonic() - stopped_s < OUTAGE_S:
                 load.check()
                 time.sleep(0.2)
@@ -254,6 +257,7 @@ def test_without_s3_all_that_is_near_is_served_and_the_rest_says_why_not(faulty:
     finally:
         faulty.s3.listen()
     until(lambda: served.state()["registry_error"] is None, "it is back", within_s=15)
+    until(lambda: set(_registry_gauges(served)) == {1.0}, "every gauge is up", within_s=15)
     until(lambda: served.complete("never-asked", "the").status_code == 200, "it is served")
     newest = faulty.publish("newest", faulty.letters(1))
     until(lambda: served.complete("newest", "the").status_code == 200, "what came after")
@@ -321,21 +325,22 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
     def alive() -> set[str]:
         return {each["id"] for each in served.state()["replicas"]}
 
+    def held() -> set[str]:
+        return {replica_id for ids in served.state()["holders"].values() for replica_id in ids}
+
     before = alive()
     assert len(before) == 2
     with ThreadPoolExecutor(2 * len(asked) + 1) as pool:
         both = [(pool.submit(whole, each), pool.submit(streamed, each)) for each in asked]
         until(lambda: any(each["running"] for each in served.state()["replicas"]), "work")
+        until(lambda: held() >= before, "each of the two has something that others must take over")
         processes = served.processes("ServeReplica:flora:Engine")
         max(processes, key=lambda process: process.cpu_times().user).kill()
 
         def is_rehomed() -> bool:
             """Nothing is expected of the dead one any more."""
-            holders, left = served.state()["holders"], alive()
-            expected = {
-                replica_id for replica_ids in holders.values() for replica_id in replica_ids
-            }
-            return not before <= left and expected <= left
+            left = alive()
+            return not before <= left and held() <= left
 
         until(is_rehomed, "its adapters have other holders", within_s=5)
         (died,) = before - alive()
@@ -346,6 +351,14 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
         assert all(answer.result() for answer, _ in both)
         ends = [stream.result() for _, stream in both]
     assert "right" in ends
+
+
+def _registry_gauges(served: Served) -> list[float]:
+    """Of the placement manager and of both replicas: 1 while they can read the registry."""
+    names = ("flora_registry_up", "flora_replica_registry_up")
+    found = [up for (name, _), up in scrape(served.url).items() if name in names]
+    assert len(found) == 3
+    return found
 
 
 def _serves(served: Served, name: str) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from ray.job_submission import JobSubmissionClient
 
@@ -26,7 +27,8 @@ from storage.stores import open_store
 from tests.storage.s3_server import S3Server
 from tests.training.tiny_jobs import largest_difference
 from training.adapter_run import AdapterRun
-from training.backend import JobInfo, JobStatus
+from training.backend import JobBackend, JobInfo, JobStatus
+from training.backends import open_backend
 from training.config import TrainingSettings
 from training.events import (
     AdapterStarted,
@@ -149,6 +151,7 @@ class KillsOnce:
 def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
     ray_session: LocalCluster, s3_api: S3Server, settings: JobSettings, spec: TrainingSpec
 ) -> None:
+    """It asked for two workers where there is room for one, and began with that."""
     seen: list[TrainingEvent] = []
 
     def kill_the_worker() -> None:
@@ -157,7 +160,12 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
 
     # A driver and an attempt begin with a commit, each round ends with one; events are told by the clock.
     s3_api.before = killer = KillsOnce(kill_the_worker, *[COMMIT] * 3, WORKER_EVENTS)
-    result = run_training(spec, settings, seen.append, job_id="job-1")
+    more_than_half = 0.6 * ray.cluster_resources()["CPU"]
+    training = settings.training.model_copy(
+        update={"num_workers": 2, "min_workers": 1, "cpus_per_worker": more_than_half}
+    )
+    crowded = JobSettings(storage=settings.storage, training=training)
+    result = run_training(spec, crowded, seen.append, job_id="job-1")
 
     assert killer.has_killed
     assert starts_of(seen, "long") == [0, 4]
@@ -173,7 +181,7 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
     assert isinstance(told[0], JobStarted) and isinstance(told[-1], JobFinished)
 
 
-def ended(backend: RayJobBackend, job_id: str) -> JobInfo:
+def ended(backend: JobBackend, job_id: str) -> JobInfo:
     deadline_s = time.monotonic() + JOB_TIMEOUT_S
     while not (info := backend.get(job_id)).status.is_final:
         assert time.monotonic() < deadline_s, list(backend.logs(job_id))
@@ -227,7 +235,9 @@ def test_a_submitted_job_whose_driver_is_killed_goes_on_with_another_number_of_w
 def test_a_job_with_a_wrong_specification_fails_and_says_why_and_may_be_tried_again(
     ray_session: LocalCluster, settings: JobSettings
 ) -> None:
-    backend = RayJobBackend(ray_session.dashboard_url, settings)
+    """On a cluster that the settings name by its address: the job brings its code, and no path of this machine."""
+    training = settings.training.model_copy(update={"job_address": ray_session.dashboard_url})
+    backend = open_backend(JobSettings(storage=settings.storage, training=training))
     backend.submit("jobs/none/spec.json", "job-3")
     assert ended(backend, "job-3").status is JobStatus.FAILED
     assert any("there is no such specification" in line for line in backend.logs("job-3"))
@@ -238,7 +248,11 @@ def test_a_job_with_a_wrong_specification_fails_and_says_why_and_may_be_tried_ag
     assert again.job_id == "job-3" and not again.status.is_final
     assert backend.cancel("job-3").job_id == "job-3"
     assert ended(backend, "job-3").status.is_final
-    assert JobSubmissionClient(ray_session.dashboard_url).get_job_info("job-3--2")
+    there = JobSubmissionClient(ray_session.dashboard_url)
+    assert there.get_job_info("job-3--2")
+    environment = there.get_job_info("job-3").runtime_env
+    assert environment["working_dir"].startswith("gcs://")
+    assert not any("STORAGE_PATH" in name for name in environment["env_vars"])
 
 
 def test_a_job_can_be_cancelled_and_an_unknown_one_is_told(
