@@ -55,8 +55,8 @@ class TrainingSettings(BaseModel):
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="Begin or go on with as few as this while the cluster's machines have no room for num_workers; what "
-        "others than training hold of them is not counted, by Ray's own choice. Unset: wait for all.",
+        description="Begin or go on with as few as this while the cluster's machines have no room for num_workers. Ray "
+        "does not count what others than training hold of them. Unset: wait for all.",
     )
     cpus_per_worker: float = Field(
         default=1.0, gt=0, description="What Ray sets aside; how many are used is `threads`."
