@@ -8,6 +8,7 @@ no second start. Two desks at once do double work and no harm.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -25,6 +26,8 @@ from training.service.records import JobRecords
 
 _LOOKING_S = 2.0
 """How long files are looked at between two looks at running batches."""
+
+_TIDY_EVERY_S = 600.0
 
 _log = logging.getLogger(__name__)
 
@@ -55,9 +58,13 @@ class Desk:
         self._batches = Batches(store, self._data, backend, settings, clock, on_published)
         self._settings = settings
         self._clock = clock
+        self._tidied_s = -math.inf
 
     def tick(self) -> bool:
         """Do all that can be done now. False when there is no job to see to."""
+        if self._clock() >= self._tidied_s + _TIDY_EVERY_S:
+            self._records.forget_lost_marks(self._base_id, self._clock())
+            self._tidied_s = self._clock()
         jobs = self._records.open(self._base_id)
         known = self._batches.see_to(jobs)
         for job in jobs:

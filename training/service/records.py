@@ -24,6 +24,9 @@ Change = Callable[[FineTuningJob], FineTuningJob | None]
 _ROOT = "fine-tuning"
 _DESK_DIGITS = 16
 
+LOST_AFTER_S = 3600.0
+"""How old a mark without a record is when no record will come."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -60,6 +63,8 @@ class JobRecords:
             self._store.put_if_absent(_record(request.tenant, job_id), encode(job))
         except PreconditionFailedError:
             return self.get(request.tenant, job_id)
+        if not self._store.exists(_mark(job)):  # so long ago that the mark was taken for a lost one
+            self._store.put(_mark(job), b"{}")
         return job
 
     def has_request(self, tenant: str, idempotency_key: str) -> bool:
@@ -119,9 +124,25 @@ class JobRecords:
     def open(self, base_id: str) -> list[FineTuningJob]:
         """The jobs on the desk of a base, in the order they came."""
         folder = f"{desk_folder(base_id)}open/"
-        names = [one.key.removeprefix(folder).split("/") for one in self._store.list(folder)]
-        found = parallel(lambda name: self._readable(name[0], name[1]), names)
+        marks = [one.key.removeprefix(folder) for one in self._store.list(folder)]
+        found = parallel(self._marked, marks)
         return sorted((job for job in found if job is not None), key=lambda job: job.job_id)
+
+    def forget_lost_marks(self, base_id: str, now_s: float) -> None:
+        """Remove what lies on the desk for `LOST_AFTER_S` and is no job's: its maker died before the record came."""
+        folder = f"{desk_folder(base_id)}open/"
+        old = [one.key for one in self._store.list(folder) if now_s - one.modified_s > LOST_AFTER_S]
+
+        def forget(key: str) -> None:
+            mark = key.removeprefix(folder)
+            if self._has_record(mark):
+                return
+            self._store.delete(key)
+            # The record came at this very moment, from a maker that saw the mark there.
+            if self._has_record(mark):
+                self._store.put(key, b"{}")
+
+        parallel(forget, old)
 
     def is_awaited(self, base_id: str, tenant: str, name: str) -> bool:
         """Whether a job of the tenant that did not end makes an adapter of this name."""
@@ -158,6 +179,15 @@ class JobRecords:
             return asked.job_id
         return job_id
 
+    def _marked(self, mark: str) -> FineTuningJob | None:
+        tenant, _, job_id = mark.partition("/")
+        return self._readable(tenant, job_id)
+
+    def _has_record(self, mark: str) -> bool:
+        """Also one that is damaged."""
+        tenant, _, job_id = mark.partition("/")
+        return _is_id(job_id) and self._store.exists(_record(tenant, job_id))
+
     def _readable(self, tenant: str, job_id: str) -> FineTuningJob | None:
         try:
             return self._find(tenant, job_id)
@@ -166,7 +196,7 @@ class JobRecords:
             return None
 
     def _find(self, tenant: str, job_id: str) -> FineTuningJob | None:
-        if not (job_id.startswith("ftjob-") and job_id[6:].isalnum() and job_id.isascii()):
+        if not _is_id(job_id):
             return None
         return read(self._store, _record(tenant, job_id), FineTuningJob)
 
@@ -174,6 +204,10 @@ class JobRecords:
 def desk_folder(base_id: str) -> str:
     """Of the desk that sees to the jobs of one base."""
     return f"{_ROOT}/desks/{sha256_hex(base_id.encode())[:_DESK_DIGITS]}/"
+
+
+def _is_id(text: str) -> bool:
+    return text.startswith("ftjob-") and text[6:].isalnum() and text.isascii()
 
 
 def _request(tenant: str, idempotency_key: str) -> str:
