@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from storage.errors import InvalidRequestError
 from training.checkpointed_layers import CheckpointedLayers
 from training.packed_attention import PackedAttention
-from workers.compiled.trained_rows import choose_trained_loops
+from workers.models.arithmetic import choose_trained_loops
 from workers.models.attention_hook import BACKEND_ARGUMENT, adopt_attention
 from workers.models.loading import LoadedBase
 from workers.models.wrapping import wrap_linears

@@ -10,9 +10,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from workers.compiled.library import CompiledLoops, compiled_loops, is_compiled_type
+from workers.compiled.library import CompiledLoops
 from workers.row_form.module_index import ModuleIndex
-from workers.row_form.trained_rows import TorchTrainedLoops, TrainedLoops
+from workers.row_form.trained_rows import mul_rows
 
 
 class _TrainedStep(ctypes.Structure):
@@ -25,12 +25,6 @@ class _TrainedStep(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("first", "token", "in_page", "out_page")),
         *((name, ctypes.c_void_p) for name in ("in_rows", "out_rows")),
     )
-
-
-def choose_trained_loops(dtype: torch.dtype, device: torch.device) -> TrainedLoops:
-    """The fastest there is for a base of this type, its rows in float32."""
-    loops = compiled_loops() if device.type == "cpu" and is_compiled_type(dtype) else None
-    return TorchTrainedLoops() if loops is None else CompiledTrainedLoops(loops, dtype)
 
 
 class CompiledTrainedLoops:
@@ -106,18 +100,16 @@ def _step(
     for rows in (in_rows, out_rows):
         if rows is not None and (rows.dtype != torch.float32 or not rows.is_contiguous()):
             raise TypeError("trained rows are contiguous float32")
-    if index.mul is None:
-        raise ValueError("the step has no mul rows in row mode here")
-    num_base = index.num_tokens if index.base_token_B is None else index.base_token_B.shape[0]
+    mul = mul_rows(index)
     return _TrainedStep(
         index.num_tokens,
         0 if in_rows is None else in_rows.shape[1],
         0 if out_rows is None else out_rows.shape[1],
-        num_base,
+        index.num_base_tokens,
         *(_address(index.base_token_B), _address(index.base_row_T)),
-        index.mul.token_R.shape[0],
-        *(_address(index.mul.first_T1), _address(index.mul.token_R)),
-        *(_address(index.mul.in_page_R), _address(index.mul.out_page_R)),
+        mul.token_R.shape[0],
+        *(_address(mul.first_T1), _address(mul.token_R)),
+        *(_address(mul.in_page_R), _address(mul.out_page_R)),
         *(_address(in_rows), _address(out_rows)),
     )
 

@@ -65,6 +65,16 @@ def weight_tiles(
     return _fitted(Tiles(tile_tokens, outs, ins, warps=8, stages=3), dtype)
 
 
+def token_tiles(width: int) -> Tiles:
+    """Of training's loops over tokens: neighbours, mostly of one run, find their common bank row in the L1 cache."""
+    return Tiles(4, 256 if width >= 1024 else 64, 1)
+
+
+def page_tiles(width: int) -> Tiles:
+    """Of training's sums by page; `rows` of a part are loaded at a time."""
+    return Tiles(16, 128 if width >= 1024 else 64, 1)
+
+
 def _fitted(tiles: Tiles, dtype: torch.dtype) -> Tiles:
     """float32 takes twice the shared memory, and products without the matrix unit more registers."""
     if dtype.itemsize <= 2:

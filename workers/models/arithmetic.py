@@ -1,4 +1,4 @@
-"""How a runner computes: the one place where device and element type decide between implementations.
+"""How runners and training compute: the one place where device and element type decide between implementations.
 
 All of them give the same results up to rounding; torch's run everywhere.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from workers.compiled.decoder_loops import CompiledDecoderLoops, SlabLoops
 from workers.compiled.library import compiled_loops, is_compiled_type
 from workers.compiled.row_loops import RowLoops
+from workers.compiled.trained_rows import CompiledTrainedLoops
 from workers.kernels.step_tables import index_for_kernels
 from workers.models.native.decoder_loops import DecoderLoops, TorchDecoderLoops
 from workers.row_form.adapted_linear import LookUp, Product
@@ -23,6 +24,7 @@ from workers.row_form.base_linear import BaseLinear, DenseLinear, serving_linear
 from workers.row_form.cost import KERNEL_COST, CostModel
 from workers.row_form.joint_linear import Epilogue
 from workers.row_form.module_index import index_module_group
+from workers.row_form.trained_rows import TorchTrainedLoops, TrainedLoops
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,16 @@ def choose_arithmetic(
         decoder=CompiledDecoderLoops(loops, dtype),
         slabs=SlabLoops(loops, dtype) if SlabLoops.is_supported(head_dim) else None,
     )
+
+
+def choose_trained_loops(dtype: torch.dtype, device: torch.device) -> TrainedLoops:
+    """The fastest there is for training over a base of this type, its rows in float32."""
+    if device.type == "cuda" and _is_kernel_type(dtype):
+        from workers.kernels.trained_rows import KernelTrainedLoops
+
+        return KernelTrainedLoops()
+    loops = compiled_loops() if device.type == "cpu" and is_compiled_type(dtype) else None
+    return TorchTrainedLoops() if loops is None else CompiledTrainedLoops(loops, dtype)
 
 
 def _is_kernel_type(dtype: torch.dtype) -> bool:

@@ -9,7 +9,8 @@ the base product, A runs of a batch with L tokens and K bank rows each, S bank s
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from workers.bank.groups import GroupTable, PageLists
 from workers.bank.pages import NULL_PAGE
 from workers.row_form.cost import CostModel
+from workers.row_form.page_rows import PageRows
 from workers.row_form.step_plan import Parts, SlotRun, StepPlan, expand_runs
 
 
@@ -29,6 +31,15 @@ class RowIndex:
     in_page_R: Tensor
     out_page_R: Tensor
     gate_R: Tensor  # float32
+    _by_page: dict[tuple[str, int], PageRows] = field(default_factory=dict, init=False, repr=False)
+
+    def by_page(self, side: Literal["in", "out"], num_pages: int) -> PageRows:
+        """The rows of every page of one side; made when first asked for, then shared by all modules of the group."""
+        key = (side, num_pages)
+        if key not in self._by_page:
+            page_R = self.in_page_R if side == "in" else self.out_page_R
+            self._by_page[key] = PageRows.of(page_R, num_pages)
+        return self._by_page[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,11 @@ class ModuleIndex:
     delta_row_T: Tensor | None  # a token's place among all tokens of `mul_batches`, or -1
     scale_page_T: Tensor | None  # of c − 1
     bias_page_T: Tensor | None  # of bias' − bias
+
+    @property
+    def num_base_tokens(self) -> int:
+        """B."""
+        return self.num_tokens if self.base_token_B is None else self.base_token_B.shape[0]
 
     @property
     def has_mul_rows(self) -> bool:

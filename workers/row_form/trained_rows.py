@@ -78,7 +78,7 @@ class _TrainedRows(torch.autograd.Function):
         is_last: bool,
     ) -> Tensor:
         z_MO = base.matmul(loops.stack_inputs(x_TI, in_rows_NI, index))
-        z_RO = z_MO[_num_base(index) :]
+        z_RO = z_MO[index.num_base_tokens :]
         # y may lie before z in one tensor; the two are changed and kept apart.
         ctx.save_for_backward(x_TI, z_RO.data, in_rows_NI, out_rows_NO)
         ctx.base, ctx.index, ctx.loops = base, index, loops
@@ -103,43 +103,42 @@ class TorchTrainedLoops:
     """In torch's own operations, on any device and type."""
 
     def stack_inputs(self, x_TI: Tensor, in_rows_NI: Tensor, index: ModuleIndex) -> Tensor:
-        return _stacked(x_TI, in_rows_NI, _mul(index).in_page_R, index)
+        return _stacked(x_TI, in_rows_NI, mul_rows(index).in_page_R, index)
 
     def sum_outputs(
         self, z_MO: Tensor, out_rows_NO: Tensor, index: ModuleIndex, *, is_last: bool
     ) -> Tensor:
-        y_TO = _summed(z_MO, out_rows_NO, _mul(index).out_page_R, index)
+        y_TO = _summed(z_MO, out_rows_NO, mul_rows(index).out_page_R, index)
         return y_TO.to(z_MO.dtype) if is_last else y_TO
 
     def stack_gradients(
         self, gradient_TO: Tensor, z_RO: Tensor, out_rows_NO: Tensor, index: ModuleIndex
     ) -> tuple[Tensor, Tensor]:
-        mul = _mul(index)
+        mul = mul_rows(index)
         da_NO = _by_page(gradient_TO, z_RO, out_rows_NO, mul.out_page_R, mul.token_R)
         return _stacked(gradient_TO, out_rows_NO, mul.out_page_R, index), da_NO
 
     def finish_gradients(
         self, x_TI: Tensor, h_MI: Tensor, in_rows_NI: Tensor, index: ModuleIndex
     ) -> tuple[Tensor, Tensor]:
-        mul = _mul(index)
-        db_NI = _by_page(x_TI, h_MI[_num_base(index) :], in_rows_NI, mul.in_page_R, mul.token_R)
+        mul = mul_rows(index)
+        db_NI = _by_page(
+            x_TI, h_MI[index.num_base_tokens :], in_rows_NI, mul.in_page_R, mul.token_R
+        )
         return _summed(h_MI, in_rows_NI, mul.in_page_R, index).to(x_TI.dtype), db_NI
 
 
-def _mul(index: ModuleIndex) -> RowIndex:
+def mul_rows(index: ModuleIndex) -> RowIndex:
+    """Raises ValueError if there are none."""
     if index.mul is None:
         raise ValueError("the step has no mul rows in row mode here")
     return index.mul
 
 
-def _num_base(index: ModuleIndex) -> int:
-    return index.num_tokens if index.base_token_B is None else index.base_token_B.shape[0]
-
-
 def _stacked(x_TW: Tensor, rows_NW: Tensor, page_R: Tensor, index: ModuleIndex) -> Tensor:
     """Rows of the base tokens, then those of tokens scaled by their bank row."""
     some = index.base_token_B
-    scaled_RW = x_TW.index_select(0, _mul(index).token_R) * rows_NW.index_select(0, page_R)
+    scaled_RW = x_TW.index_select(0, mul_rows(index).token_R) * rows_NW.index_select(0, page_R)
     return torch.cat(
         [x_TW if some is None else x_TW.index_select(0, some), scaled_RW.to(x_TW.dtype)]
     )
@@ -148,14 +147,14 @@ def _stacked(x_TW: Tensor, rows_NW: Tensor, page_R: Tensor, index: ModuleIndex) 
 def _summed(z_MW: Tensor, rows_NW: Tensor, page_R: Tensor, index: ModuleIndex) -> Tensor:
     """`_stacked` the other way round, wide."""
     wide = torch.promote_types(z_MW.dtype, rows_NW.dtype)
-    num_base = _num_base(index)
+    num_base = index.num_base_tokens
     if index.base_token_B is None:
         y_TW = z_MW[:num_base].to(wide, copy=True)
     else:
         y_TW = z_MW.new_zeros(index.num_tokens, z_MW.shape[1], dtype=wide)
         y_TW.index_copy_(0, index.base_token_B, z_MW[:num_base].to(wide))
     scaled_RW = z_MW[num_base:] * rows_NW.index_select(0, page_R)
-    return y_TW.index_add_(0, _mul(index).token_R, scaled_RW)
+    return y_TW.index_add_(0, mul_rows(index).token_R, scaled_RW)
 
 
 def _by_page(

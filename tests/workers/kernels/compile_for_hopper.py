@@ -25,7 +25,21 @@ from workers.kernels.outputs import _sum_rows
 from workers.kernels.paged_attention import _attend, _combine, _write
 from workers.kernels.stacked_rows import _stacked_rows
 from workers.kernels.step_tables import LONG_TILE_TOKENS, WEIGHT_TILE_TOKENS
-from workers.kernels.tiles import Tiles, dot_tiles, stacked_tiles, sum_tiles, weight_tiles
+from workers.kernels.tiles import (
+    Tiles,
+    dot_tiles,
+    page_tiles,
+    stacked_tiles,
+    sum_tiles,
+    token_tiles,
+    weight_tiles,
+)
+from workers.kernels.trained_rows import (
+    _stack_rows,
+    _sum_pages,
+    _sum_parts_of_pages,
+    _sum_token_rows,
+)
 from workers.kernels.weight_mode import _weight_mode
 
 HIDDEN = 6144
@@ -34,11 +48,13 @@ HIDDEN = 6144
 TYPES = {
     **dict.fromkeys(("x", "in_rows", "out_rows", "weight", "base_bias", "query", "keys"), "*bf16"),
     **dict.fromkeys(("values", "y", "output", "key", "value", "residual", "gate", "up"), "*bf16"),
-    **dict.fromkeys(("cosine", "sine"), "*bf16"),
+    **dict.fromkeys(("cosine", "sine", "rows"), "*bf16"),
     **dict.fromkeys(("z", "dots", "part", "part_max", "part_sum"), "*fp32"),
+    **dict.fromkeys(("bank", "gradient"), "*fp32"),
     **dict.fromkeys(("row_token_R", "row_page_R", "page_F", "tile_JC", "block_NB"), "*i32"),
     "tile_JS": "*i32",
-    **dict.fromkeys(("place_T", "position_T"), "*i64"),
+    **dict.fromkeys(("place_T", "position_T", "page_R", "first_T1", "base_row_T"), "*i64"),
+    **dict.fromkeys(("token_R", "row_R", "begin_P", "end_P", "first_part_N1"), "*i64"),
     **dict.fromkeys(("scale_log2", "epsilon"), "fp32"),
 }
 # Integers that are multiples of 16 in every real model; the compiler is told so of each launch's.
@@ -51,6 +67,7 @@ MULTIPLES = (
     "in_features",
     "out_features",
     "features_per_split",
+    "width",
 )
 
 
@@ -143,6 +160,19 @@ def kernels() -> Iterator[tuple[str, Callable[[], dict[str, int]]]]:
     yield "norm", lambda: compile_kernel(_add_rms_norm, plain, HAS_X=True, BLOCK_H=8192)
     yield "activation", lambda: compile_kernel(_silu_mul, plain, BLOCK_F=1024)
     yield "rotation", lambda: compile_kernel(_rotate, plain, BLOCK_D=64)
+    tokens = token_tiles(HIDDEN)
+    blocks = {"BLOCK_T": tokens.rows, "BLOCK_W": tokens.outs}
+    for name, kernel in (("stacked", _stack_rows), ("summed", _sum_token_rows)):
+        yield (
+            f"trained rows, {name}",
+            lambda kernel=kernel: compile_kernel(kernel, tokens, IS_ALL_BASE=False, **blocks),
+        )
+    pages = page_tiles(HIDDEN)
+    yield (
+        "trained pages, parts",
+        lambda: compile_kernel(_sum_parts_of_pages, pages, BLOCK_R=pages.rows, BLOCK_W=pages.outs),
+    )
+    yield "trained pages", lambda: compile_kernel(_sum_pages, pages, BLOCK_W=pages.outs)
 
 
 if __name__ == "__main__":
