@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from storage.errors import AdapterCorruptError
 from training.example_stream import ExampleStream
 from training.schedule import learning_rate
 from training.spec import AdapterSpec
@@ -115,8 +116,9 @@ class AdapterRun:
             "outcome": self.outcome,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Whoever was training waits for a place again."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Whoever was training waits for a place again. Raises as `check_whole`."""
+        check_whole(self.name, state, self.state())
         status = RunStatus(state["status"])
         self.status = RunStatus.WAITING if status is RunStatus.TRAINING else status
         self.step = state["step"]
@@ -127,6 +129,16 @@ class AdapterRun:
         self.loss_to_beat = state["loss_to_beat"]
         self.evaluations_without_improvement = state["evaluations_without_improvement"]
         self.outcome = state["outcome"]
+
+
+def check_whole(adapter: str, state: Mapping[str, Any], expected: Iterable[str]) -> None:
+    """Raises AdapterCorruptError: it lacks what this build keeps, and a guess would train another adapter."""
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise AdapterCorruptError(
+            f"the checkpoint of the adapter {adapter!r} was written by another build: it lacks {', '.join(missing)}; "
+            "go on with the build that wrote it, or train under another job id"
+        )
 
 
 def next_waiting(runs: Sequence[AdapterRun], residents: Container[int]) -> int | None:

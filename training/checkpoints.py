@@ -12,59 +12,23 @@ somewhere can no longer commit then, and what it writes or removes is never what
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from storage.errors import AdapterCorruptError, InvalidRequestError, OverloadedError
-from storage.identity import canonical_json, sha256_hex
+from storage.identity import sha256_hex
 from storage.index import parallel
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
+from training.commit import Commit, OtherFormatError, SavedAdapter, parsed_commit, written_commit
 from training.finished_files import FinishedFiles
 from training.job_store import JobStore
-from training.sharing import Shares
 
 _TRIES = 8  # against commits that come once a round
 _ROUND = re.compile(r"(?P<attempt>\d+)-(?P<round>\d+)/.+")
-
-
-@dataclass(frozen=True, slots=True)
-class SavedAdapter:
-    """Where one adapter's state lies, and how far it has come."""
-
-    key: str
-    sha256: str
-    step: int
-    is_over: bool
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What counts of a job.
-
-    Attributes:
-        job_digest: of what is trained: specification, data and base.
-        attempt: from 1; the one that may commit next.
-        driver: from 1; the one whose workers may begin an attempt.
-        round: rounds done; every worker has saved all its adapters as often.
-        shares: how the last round was shared out; empty before the first.
-        adapters: by name; none before the first round.
-    """
-
-    job_digest: str
-    attempt: int
-    driver: int = 0
-    round: int = 0
-    shares: Shares = ()
-    adapters: Mapping[str, SavedAdapter] = field(default_factory=dict)
-
-    def is_over(self, adapter: str) -> bool:
-        """Published or failed: nothing is left to do for it."""
-        return adapter in self.adapters and self.adapters[adapter].is_over
 
 
 class Checkpoints:
@@ -93,7 +57,7 @@ class Checkpoints:
         """The last commit; None when the job has not begun.
 
         Raises:
-            InvalidRequestError: the job of this id trains something else.
+            InvalidRequestError: the job of this id trains something else, or another build's format.
             AdapterCorruptError: the commit cannot be read.
         """
         found = self._find(job_digest)
@@ -176,7 +140,7 @@ class Checkpoints:
             raise ValueError("only who began an attempt commits")
         try:
             self._etag = self._store.compare_and_swap(
-                self._commit_key, _written(commit), self._etag
+                self._commit_key, written_commit(commit), self._etag
             )
         except PreconditionFailedError:
             raise self._taken_over() from None
@@ -230,9 +194,15 @@ class Checkpoints:
         except ObjectNotFoundError:
             return None
         try:
-            commit = _parsed(stored.data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise AdapterCorruptError(f"{self._commit_key} cannot be read: {error}") from error
+            commit = parsed_commit(stored.data)
+        except OtherFormatError as error:
+            raise InvalidRequestError(
+                f"the checkpoint of the job {self._job_id!r} {error}; go on with the build that wrote it, or give this "
+                "job an id of its own",
+                param="job_id",
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterCorruptError(f"{self._commit_key} cannot be read: {error!r}") from error
         if commit.job_digest != job_digest:
             raise InvalidRequestError(
                 f"the job {self._job_id!r} has begun with another specification, other data or another base; give "
@@ -246,7 +216,7 @@ class Checkpoints:
         for _ in range(_TRIES):
             found = self._find(job_digest)
             commit = succeed(Commit(job_digest, attempt=0) if found is None else found[0])
-            data = _written(commit)
+            data = written_commit(commit)
             try:
                 if found is None:
                     return commit, self._store.put_if_absent(self._commit_key, data)
@@ -263,36 +233,3 @@ class Checkpoints:
             found = _ROUND.fullmatch(info.key.removeprefix(self._folder))
             if found is not None:
                 yield info.key, int(found["attempt"]), int(found["round"])
-
-
-def _written(commit: Commit) -> bytes:
-    return canonical_json(
-        {
-            "job_digest": commit.job_digest,
-            "attempt": commit.attempt,
-            "driver": commit.driver,
-            "round": commit.round,
-            "shares": [list(share) for share in commit.shares],
-            "adapters": {
-                name: {
-                    "key": saved.key,
-                    "sha256": saved.sha256,
-                    "step": saved.step,
-                    "is_over": saved.is_over,
-                }
-                for name, saved in commit.adapters.items()
-            },
-        }
-    )
-
-
-def _parsed(data: bytes) -> Commit:
-    values = json.loads(data)
-    return Commit(
-        job_digest=values["job_digest"],
-        attempt=values["attempt"],
-        driver=values["driver"],
-        round=values["round"],
-        shares=tuple(tuple(share) for share in values["shares"]),
-        adapters={name: SavedAdapter(**saved) for name, saved in values["adapters"].items()},
-    )

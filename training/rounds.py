@@ -20,7 +20,8 @@ from storage.errors import StoreUnavailableError
 from storage.identity import AdapterVersion
 from storage.index import parallel
 from training.adapter_run import AdapterRun, RunStatus
-from training.checkpoints import Checkpoints, Commit, SavedAdapter
+from training.checkpoints import Checkpoints
+from training.commit import Commit, SavedAdapter
 from training.events import AdapterPublished, EventSink, RoundFinished, WorkerStarted
 from training.job_store import EventWriter, JobStore
 from training.sharing import Shares, share_again

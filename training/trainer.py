@@ -20,7 +20,7 @@ from torch import Tensor
 from storage.adapter_rows import AdapterRows
 from storage.errors import AdapterRefusedError
 from storage.identity import AdapterVersion
-from training.adapter_run import AdapterRun, RunStatus, next_waiting
+from training.adapter_run import AdapterRun, RunStatus, check_whole, next_waiting
 from training.batches import OwnedSequence
 from training.events import (
     AdapterEvaluated,
@@ -191,7 +191,11 @@ class MultiAdapterTrainer:
         }
 
     def restore(self, number: int, state: Mapping[str, Any]) -> None:
-        """Take up an adapter where `state_of` left it, also where fewer have a place. Call before `start`."""
+        """Take up an adapter where `state_of` left it, also where fewer have a place. Call before `start`.
+
+        Raises AdapterCorruptError: another build wrote it.
+        """
+        check_whole(self.runs[number].name, state, ("run", "rows", "best"))
         self.runs[number].restore(state["run"])
         for part, of_all in (("rows", self._kept), ("best", self._best)):
             of_all.pop(number, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from storage.errors import AdapterCorruptError
 from tests.training.tiny_jobs import adapter, run_of, sequences
 from training.adapter_run import AdapterRun
 
@@ -44,3 +47,13 @@ def test_a_checkpoint_keeps_both_the_best_and_what_patience_waits_for() -> None:
     after.restore(before.state())
     assert evaluated(after, 0.94) == [True]
     assert (after.best_step, after.best_held_out) == (3, 0.93)
+
+
+@pytest.mark.parametrize("key", ["best_step", "loss_to_beat"])
+def test_a_state_of_an_older_build_is_refused_by_name_and_changes_nothing(key: str) -> None:
+    before, after = stopping_run(), stopping_run()
+    evaluated(before, 1.0, 0.95)
+    older = {name: value for name, value in before.state().items() if name != key}
+    with pytest.raises(AdapterCorruptError, match=f"'one'.*another build: it lacks {key}"):
+        after.restore(older)
+    assert after.step == 0

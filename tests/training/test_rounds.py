@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import replace
 
@@ -24,7 +25,8 @@ from tests.training.round_parts import (
     run_attempt,
 )
 from training import job_store
-from training.checkpoints import Checkpoints, Commit
+from training.checkpoints import Checkpoints
+from training.commit import Commit
 from training.events import AdapterPublished, AdapterStep, RoundFinished, WorkerStarted
 from training.job_store import JobStore
 from training.rounds import Work
@@ -239,6 +241,24 @@ def test_a_checkpoint_that_is_damaged_or_gone_is_named(store: ObjectStore) -> No
     store.put(commit_key, b"{}")
     with pytest.raises(AdapterCorruptError, match=r"commit\.json"):
         checkpoints.read("d")
+
+
+def test_a_checkpoint_of_another_build_is_refused_by_name(local: ObjectStore) -> None:
+    Checkpoints(local, JOB).begin("d")
+    commit_key = f"jobs/{JOB}/checkpoints/commit.json"
+    values = json.loads(local.get(commit_key).data)
+    assert values["format"] == 1
+
+    def stored(values: dict[str, object]) -> Checkpoints:
+        local.put(commit_key, json.dumps(values).encode())
+        return Checkpoints(local, JOB)
+
+    unnumbered = {name: value for name, value in values.items() if name != "format"}
+    assert stored(unnumbered).begin("d").attempt == 2, "the first builds wrote no number"
+    older = {name: value for name, value in unnumbered.items() if name != "driver"}
+    for written, reason in ((values | {"format": 2}, "format 2"), (older, "it lacks driver")):
+        with pytest.raises(InvalidRequestError, match=f"{JOB}.*{reason}.*build that wrote it"):
+            stored(written).begin("d")
 
 
 def test_a_job_does_not_go_on_with_what_another_one_trained(local: ObjectStore) -> None:
