@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +18,20 @@ from rich.table import Column, Table
 
 from cli.adapter_outcomes import outcome_table
 from cli.console import AsJson, out, print_json
+from cli.job_views import (
+    adapter_values,
+    coloured,
+    fine_tuning_row,
+    fine_tuning_values,
+    local_time,
+    loss_of_driver,
+    silence,
+    standing,
+    training_row,
+)
 from cli.running import find_running
 from cli.settings import RegistryOption, S3Endpoint, command_settings
-from cli.training_job import job_backend
+from cli.training_job import job_backend, tell_it_goes_on
 from deployments.settings import Settings
 from storage.errors import NotFoundError
 from storage.object_store import ObjectStore
@@ -30,7 +40,7 @@ from training.event_text import describe
 from training.events import TrainingEvent, event_line
 from training.job_reports import JobReport, cancel_job, exists, newest_jobs, report
 from training.job_store import JobStore
-from training.learning_curve import Curve, curves_of, plot, sparkline
+from training.learning_curve import Curve, curves_of, plot
 from training.service.job import FineTuningJob
 from training.service.records import JobRecords
 
@@ -41,9 +51,6 @@ app = typer.Typer(
 JobId = Annotated[str, typer.Argument(help="A training job's id, or a fine-tuning job's.")]
 
 _POLL_S = 1.0
-_SILENT_S = 600.0
-"""A driver that was killed tells no end. What runs and told nothing for so long is said to be silent."""
-_COLOURS = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 
 @app.command()
@@ -60,9 +67,9 @@ def ls(
     store = open_store_to_read(_settings(registry, s3_endpoint).storage)
     asked = JobRecords(store).newest(limit)
     batches = {job.batch for job in asked}
-    rows = [_row_of_fine_tuning(job) for job in asked]
+    rows = [fine_tuning_row(job) for job in asked]
     rows += [
-        _row_of_training(one)
+        training_row(one)
         for one in newest_jobs(store, limit + len(batches))
         if one.job_id not in batches
     ]
@@ -77,7 +84,10 @@ def ls(
     for row in rows:
         names = ", ".join(row["adapters"][:4]) + (" …" if len(row["adapters"]) > 4 else "")
         table.add_row(
-            row["job"], _status(row["status"]) + _silence(row), escape(names), _time(row["began_s"])
+            row["job"],
+            coloured(row["status"]) + silence(row),
+            escape(names),
+            local_time(row["began_s"]),
         )
     out.print(table)
 
@@ -101,29 +111,33 @@ def show(
     found = _find(store, job)
     events = found.events(store)
     told = report(found.training_job or job, events)
+    if found.training_job is not None:
+        told = replace(told, alive_s=JobStore(store, found.training_job).alive_s())
     if picture is not None:
         picture.write_bytes(plot(curves_of(events), job))
     curves = {curve.adapter: curve for curve in curves_of(events)}
     names = told.adapters if found.asked is None else (found.asked.name,)
-    adapters = [_adapter(name, told, curves.get(name, Curve(name))) for name in names]
+    adapters = [adapter_values(name, told, curves.get(name, Curve(name))) for name in names]
     values: dict[str, Any] = {
         "job": job,
-        "status": told.status.value,
-        "error": told.error or None,
+        "status": standing(told),
+        "error": told.error or loss_of_driver(told) or None,
         "began_s": told.began_s,
         "told_s": told.told_s,
         "adapters": adapters,
     }
     if found.asked is not None:
-        values |= _fine_tuning_values(found.asked)
+        values |= fine_tuning_values(found.asked)
     if as_json:
         print_json(values)
         return
-    out.print(f"[bold]{escape(job)}[/]  {_status(values['status'])}", soft_wrap=True)
+    out.print(f"[bold]{escape(job)}[/]  {coloured(values['status'])}", soft_wrap=True)
     for name in ("training_job", "base", "tenant", "error"):
         if values.get(name):
             out.print(f"{name.replace('_', ' ')}: {escape(str(values[name]))}", soft_wrap=True)
-    out.print(f"began {_time(values['began_s'])}, last heard of {_time(values['told_s'])}")
+    out.print(
+        f"began {local_time(values['began_s'])}, last heard of {local_time(values['told_s'])}"
+    )
     shown = [curves.get(name, Curve(name)) for name in names]
     out.print(outcome_table(shown, told.published, told.failed))
 
@@ -151,10 +165,11 @@ def logs(
     try:
         for event in _told(store, job, follow):
             who = getattr(event, "adapter", "")
-            typer.echo(f"{_time(event.at_s)}  {who:<12}  {describe(event)}")
+            typer.echo(f"{local_time(event.at_s)}  {who:<12}  {describe(event)}")
     except KeyboardInterrupt:
         if not follow:
             raise
+        tell_it_goes_on(job)
 
 
 @app.command()
@@ -185,7 +200,7 @@ def cancel(
     if as_json:
         print_json({"job": job, "status": status})
     else:
-        out.print(f"{escape(job)}  {_status(status)}", soft_wrap=True)
+        out.print(f"{escape(job)}  {coloured(status)}", soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,67 +256,3 @@ def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:
     if running is not None and registry is None and s3_endpoint is None:
         return Settings(**running.settings)
     return command_settings(storage={"registry": registry, "s3_endpoint_url": s3_endpoint})
-
-
-def _row_of_training(told: JobReport) -> dict[str, Any]:
-    return {
-        "job": told.job_id,
-        "status": told.status.value,
-        "adapters": list(told.adapters),
-        "began_s": told.began_s,
-        "told_s": told.told_s,
-    }
-
-
-def _row_of_fine_tuning(job: FineTuningJob) -> dict[str, Any]:
-    return {
-        "job": job.job_id,
-        "status": job.status.value,
-        "adapters": [job.name],
-        "began_s": job.created_s,
-        "told_s": None,
-    }
-
-
-def _fine_tuning_values(job: FineTuningJob) -> dict[str, Any]:
-    """What a record knows better than the events, which a batch shares."""
-    return {
-        "status": job.status.value,
-        "error": None if job.fault is None else job.fault.message,
-        "began_s": job.created_s,
-        "told_s": job.notes[-1].at_s,
-        "training_job": job.batch,
-        "base": job.request.base_id,
-        "tenant": job.request.tenant,
-        "notes": [note.model_dump() for note in job.notes],
-    }
-
-
-def _adapter(name: str, told: JobReport, curve: Curve) -> dict[str, Any]:
-    losses = curve.losses
-    return {
-        "adapter": name,
-        "steps": curve.training[-1][0] if curve.training else 0,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        "held_out_loss": curve.held_out[-1][1] if curve.held_out else None,
-        "curve": sparkline(curve),
-        "version": told.published.get(name),
-        "failed": told.failed.get(name),
-    }
-
-
-def _status(status: str) -> str:
-    colour = _COLOURS.get(status)
-    return status if colour is None else f"[{colour}]{status}[/]"
-
-
-def _silence(row: dict[str, Any]) -> str:
-    if row["status"] != "running" or row["told_s"] is None:
-        return ""
-    silent_s = time.time() - row["told_s"]
-    return f" [dim](silent for {silent_s / 60:.0f} min)[/]" if silent_s > _SILENT_S else ""
-
-
-def _time(at_s: float) -> str:
-    return f"{datetime.fromtimestamp(at_s):%Y-%m-%d %H:%M:%S}" if at_s else ""

@@ -17,7 +17,7 @@ from cli.interrupts import shielded
 from cli.local_cluster import LocalCluster, start_cluster
 from cli.running import find_running
 from cli.settings import RegistryOption, S3Endpoint, command_settings
-from cli.training_job import TrainingResult, cancel, follow, job_backend, submit
+from cli.training_job import TrainingResult, cancel, follow, job_backend, submit, tell_it_goes_on
 from deployments.settings import Settings
 from storage.config import StorageSettings
 from storage.errors import InvalidRequestError
@@ -54,7 +54,11 @@ def train(
     with _ray(running.ray if running else None, is_needed=not is_kept) as ray:
         if checked is None:
             assert attach is not None
-            result = follow(job_backend(ray, settings), settings, attach)
+            try:
+                result = follow(job_backend(ray, settings), settings, attach)
+            except KeyboardInterrupt:
+                tell_it_goes_on(attach)
+                raise
         else:
             assert spec is not None
             job_id = _new_job_id(spec)

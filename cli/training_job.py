@@ -95,6 +95,11 @@ def follow(backend: JobBackend, settings: Settings, job_id: str) -> TrainingResu
     )
 
 
+def tell_it_goes_on(job_id: str) -> None:
+    """To whoever stopped following it."""
+    err.print(f"the job goes on; to stop it: flora jobs cancel {job_id}", soft_wrap=True)
+
+
 def cancel(backend: JobBackend, settings: Settings, job_id: str) -> None:
     """Stop a job, whatever the person at the keyboard presses meanwhile."""
     with shielded(), err.status(f"cancelling {job_id}"):
@@ -102,6 +107,7 @@ def cancel(backend: JobBackend, settings: Settings, job_id: str) -> None:
         while not info.status.is_final:
             time.sleep(_POLL_S)
             info = backend.get(job_id)
+    err.print(f"the job {job_id}: {info.status.value}; what it published stays", soft_wrap=True)
 
 
 def _raise_if_broken(backend: JobBackend, info: JobInfo, progress: TrainingProgress) -> None:

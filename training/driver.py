@@ -13,7 +13,7 @@ from storage.object_store import ObjectStore
 from training.checkpoints import Checkpoints
 from training.events import EventSink, JobFailed, JobFinished, JobStarted
 from training.job_end import JobResult, job_result, keep_picture, telling_line
-from training.job_store import DRIVER, JobStore
+from training.job_store import ALIVE_EVERY_S, DRIVER, JobStore
 from training.patience import patiently
 from training.rounds import Work
 
@@ -62,7 +62,7 @@ def drive(
         keep_picture(job, job_id, events)
         return job_result(events, error)
 
-    with followed(job, on_event):
+    with followed(job, on_event), _seen_alive(job):
         with job.writer(DRIVER) as tell:
             tell(JobStarted(job_id, tuple(adapters), workers))
             try:
@@ -112,6 +112,29 @@ def followed(job: JobStore, on_event: EventSink) -> Iterator[None]:
         finally:
             done.set()
         followed.result()
+
+
+@contextmanager
+def _seen_alive(job: JobStore) -> Iterator[None]:
+    """While the block runs, whoever reads of the job can tell it from one whose driver was killed."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while True:
+            try:
+                job.sign_of_life()
+            except StoreUnavailableError as error:
+                logger.warning("nobody can see that the job is alive: %s", error.message)
+            if done.wait(ALIVE_EVERY_S):
+                return
+
+    thread = threading.Thread(target=beat, name="training-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _forget_finished(checkpoints: Checkpoints) -> None:

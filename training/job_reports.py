@@ -17,7 +17,9 @@ from training.events import (
     JobStarted,
     TrainingEvent,
 )
-from training.job_store import DRIVER, JobStore
+from training.job_store import ALIVE, ALIVE_EVERY_S, DRIVER, JobStore
+
+LOST_AFTER_S = 5 * ALIVE_EVERY_S
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class JobReport:
     """A job as its events tell it. A driver that was killed told no end: `status` then stays running.
 
     Attributes:
-        began_s: its first sign, in seconds since the epoch; `told_s` its last one.
+        began_s: its first sign, in seconds since the epoch; `told_s` its last one; `alive_s` its driver's last sign of
+            life, None when that gives none or was not asked for.
         published: adapter → version; `failed`: adapter → reason. Empty strings where only the driver was asked.
     """
 
@@ -37,6 +40,14 @@ class JobReport:
     published: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     error: str = ""
+    alive_s: float | None = None
+
+    def lost_for_s(self, now_s: float) -> float:
+        """How long there was no sign of a driver that should give some; 0 when it is not taken for dead."""
+        if self.status is not JobStatus.RUNNING or self.alive_s is None:
+            return 0.0
+        silent_s = now_s - max(self.alive_s, self.told_s)
+        return silent_s if silent_s > LOST_AFTER_S else 0.0
 
     def after(self, event: TrainingEvent) -> JobReport:
         told = replace(self, told_s=max(self.told_s, event.at_s))
@@ -84,8 +95,11 @@ def newest_jobs(store: ObjectStore, limit: int) -> list[JobReport]:
     """So many jobs, newest first, from what their drivers told, and when anything of them was last written."""
     began: dict[str, float] = {}
     written: dict[str, float] = {}
+    alive: dict[str, float] = {}
     for one in store.list("jobs/"):
-        job_id = one.key.split("/")[1]
+        job_id, _, name = one.key.removeprefix("jobs/").partition("/")
+        if name == ALIVE:
+            alive[job_id] = one.modified_s
         began[job_id] = min(began.get(job_id, one.modified_s), one.modified_s)
         written[job_id] = max(written.get(job_id, 0.0), one.modified_s)
     newest = sorted(began, key=lambda job_id: (-began[job_id], job_id))[:limit]
@@ -93,7 +107,8 @@ def newest_jobs(store: ObjectStore, limit: int) -> list[JobReport]:
     def read(job_id: str) -> JobReport:
         events = JobStore(store, job_id).read_events(writer=DRIVER).events
         told = report(job_id, events, began[job_id])
-        return replace(told, told_s=max(told.told_s, written[job_id]))
+        told_s = max(told.told_s, written[job_id])
+        return replace(told, told_s=told_s, alive_s=alive.get(job_id))
 
     return parallel(read, newest)
 

@@ -4,6 +4,7 @@
     jobs/<job>/events/<writer>-<nnnn>.jsonl    lines of one process that told something
     jobs/<job>/files/<name>                    such as loss.png, the learning curves
     jobs/<job>/stop/<adapter>                  it shall not go on; somebody cancelled it
+    jobs/<job>/alive                            written again and again while its driver lives
     jobs/<job>/checkpoints/…                   what a resume goes on from      (training/checkpoints.py)
 
 An object store cannot append. A writer puts its current object again, longer; when that is long enough it begins the
@@ -36,7 +37,10 @@ LOSS_PICTURE = "loss.png"
 DRIVER = "driver"
 """The name of the writer that tells of the job as a whole."""
 
+ALIVE = "alive"
+
 FLUSH_EVERY_S = 1.0
+ALIVE_EVERY_S = 60.0
 _OBJECT_BYTES = 256 << 10
 _FIRST_BYTES = 4 << 10
 _TICK_S = 1e-6  # clocks may stand still or be set back
@@ -77,6 +81,7 @@ class JobStore:
         self.folder = f"jobs/{checked_name(job_id, param='job_id')}/"
         self._events = f"{self.folder}events/"
         self._stops = f"{self.folder}stop/"
+        self._alive = f"{self.folder}{ALIVE}"
         self._store = store
 
     def writer(self, name: str, clock: Callable[[], float] = time.time) -> EventWriter:
@@ -150,6 +155,15 @@ class JobStore:
     def get_file(self, name: str) -> bytes:
         """Raises ObjectNotFoundError."""
         return self._store.get(self._file(name)).data
+
+    def sign_of_life(self) -> None:
+        """The driver is there. To be told every `ALIVE_EVERY_S`."""
+        self._store.put(self._alive, b"{}")
+
+    def alive_s(self) -> float | None:
+        """When the driver last said that it is there, by the store's clock; None when it never did."""
+        found = (one for one in self._store.list(self._alive) if one.key == self._alive)
+        return max((one.modified_s for one in found), default=None)
 
     def stop(self, adapter: str) -> None:
         """Ask the workers to stop one adapter at their next checkpoint; the others go on. May be repeated."""

@@ -48,6 +48,43 @@ def test_a_job_whose_driver_was_killed_is_seen_to_be_silent(
     assert "silent for 60 min" in flora("jobs", "ls").stdout
 
 
+def test_a_job_whose_driver_gives_no_sign_of_life_is_lost(
+    flora: Flora, store: ObjectStore, home: Path
+) -> None:
+    run_job(store, "dead", "red", is_killed=True)
+    run_job(store, "done", "red")
+    for name in ("dead", "done"):
+        JobStore(store, name).sign_of_life()
+    rows = as_json(flora("jobs", "ls", "--json"))
+    assert {row["job"]: row["status"] for row in rows} == {"dead": "running", "done": "succeeded"}
+    long_ago = time.time() - 3600
+    old = JobStore(store, "old")
+    with old.writer("driver", lambda: long_ago) as driver:
+        driver(JobStarted("old", ("red",), 1))
+    old.sign_of_life()
+    for file in (home / "registry/jobs/old").rglob("*"):
+        os.utime(file, (long_ago, long_ago))
+    rows = as_json(flora("jobs", "ls", "--json"))
+    assert [row["status"] for row in rows if row["job"] == "old"] == ["lost"]
+    assert "lost (no sign for 60 min)" in flora("jobs", "ls").stdout
+    shown = as_json(flora("jobs", "show", "old", "--json"))
+    assert shown["status"] == "lost" and "its terminal is gone" in shown["error"]
+    old.sign_of_life()
+    assert as_json(flora("jobs", "show", "old", "--json"))["status"] == "running", "it went on"
+
+
+def test_who_stops_following_a_job_is_told_that_it_goes_on(
+    flora: Flora, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(store, "long", "red", is_killed=True)
+
+    def press_ctrl_c(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cli.jobs.time.sleep", press_ctrl_c)
+    assert "flora jobs cancel long" in flora("jobs", "logs", "long", "--follow").stderr
+
+
 def fine_tuned(store: ObjectStore) -> tuple[World, FineTuningJob, FineTuningJob]:
     """Two jobs of the API in one batch, the second still running."""
     world = World(store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -202,3 +203,30 @@ def test_a_driver_takes_over_though_a_worker_commits_at_the_same_moment(
     assert Checkpoints(RacingStore(local), JOB).take_over(WORK.digest) == 1
     commit = Checkpoints(local, JOB).read(WORK.digest)
     assert commit is not None and (commit.round, commit.driver) == (3, 1), "and loses no round"
+
+
+def test_a_driver_gives_signs_of_life_while_it_lives(
+    local: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "ALIVE_EVERY_S", 0.01)
+    store, job = HiccupStore(local), JobStore(local, JOB)
+    assert job.alive_s() is None
+
+    def fit(number: int, workers: int) -> str:
+        first_s = until(lambda: job.alive_s())
+        store.away_for = 2
+        until(lambda: (job.alive_s() or 0.0) > first_s)
+        return "enough"
+
+    run(store, fit)
+    last_s = job.alive_s()
+    time.sleep(0.05)
+    assert job.alive_s() == last_s, "and no longer"
+
+
+def until(ask: Callable[[], float | bool | None]) -> float:
+    deadline_s = time.monotonic() + 30
+    while not (found := ask()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)
+    return found
