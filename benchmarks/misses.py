@@ -50,10 +50,6 @@ MISSES: Mapping[tuple[str, str], str] = {
         "stacking and combining rows (4 ms a step) and calls from Python (3 ms). Next: one call for the rows of q, k, "
         "v and of gate, up."
     ),
-    ("engine", "16 FLoRA r4 / our own base"): (
-        "Five rows of every product where the base has one: prefill costs three times the base's, a decode step's "
-        "products 1.9 times. Next: as for rank 1."
-    ),
     ("engine", "16 LoRA r8 / our own base"): (
         f"{_ROWS}; 16 adapters of rank 8 are 113 MB more, at the same rate 7 ms a step, so 0.85 at best in decoding. "
         "Rows are read once for every token; next: tokens of one adapter together, in decode steps and in prompts."

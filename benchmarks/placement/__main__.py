@@ -76,7 +76,8 @@ def matrix(seeds: Iterable[int]) -> Iterator[Case]:
     for policy in (OURS, *RIVALS):
         yield from (Case(policy, "zipf", is_mixed, low, first) for is_mixed in both)
     yield from (Case(OURS, "zipf", is_mixed, high, first, has_loss=True) for is_mixed in both)
-    yield from (Case(OURS, w, m, high, HELD_OUT_SEED) for m in both for w in WORKLOADS)
+    for utilisation in UTILISATIONS:
+        yield from (Case(OURS, w, m, utilisation, HELD_OUT_SEED) for m in both for w in WORKLOADS)
     yield from (Case(OURS, w, is_mixed, low, first) for is_mixed in both for w in rest)
     yield from (Case(OURS, "zipf", is_mixed, high, first, routers=4) for is_mixed in both)
     for seed in others:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.misses import MISSES
 from benchmarks.report import report
 from benchmarks.results_file import (
+    RESULTS,
     Lever,
     Row,
     Side,
@@ -123,3 +125,13 @@ def test_a_lever_is_reported_with_what_was_predicted_and_what_it_brought(tmp_pat
         "lever   one: packed weights: 1.30 × predicted, 1.10 ×",
         "lever   one: threads: 1.20 × predicted, not taken (not on this machine)",
     ]
+
+
+def test_every_committed_row_that_misses_its_bar_says_why_and_no_other_row_does() -> None:
+    missed = {
+        (path.stem, row["name"])
+        for path in RESULTS.glob("*.json")
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if row["met"] is False
+    }
+    assert missed == set(MISSES)
