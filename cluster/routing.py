@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from cluster.failing_replicas import FailingReplicas, Outcome
 from cluster.known_replica import KnownReplica
 from cluster.rendezvous import Rankings
 from cluster.table import PlacementTable
@@ -70,6 +71,7 @@ class Routing:
         self._replicas: dict[str, KnownReplica] = {}
         self._under_way: dict[str, _UnderWay] = {}
         self._turned_away: dict[str, None] = {}  # requests to be sent again, in order
+        self._failing = FailingReplicas(clock)
         self._rankings = Rankings()
         self._places: dict[AdapterVersion, _Places] = {}
         self._coming: dict[AdapterVersion, tuple[str, float]] = {}
@@ -87,20 +89,23 @@ class Routing:
         candidates: Collection[str],
         table: PlacementTable,
     ) -> list[str]:
-        """All candidates, the best first; never empty unless `candidates` is.
+        """All candidates, the best first and failing ones last; never empty unless `candidates` is.
 
         Args:
             version: the request's adapter; None for the base model, which every replica has.
             candidates: replica ids that may be tried; the table may know fewer or more.
         """
         best = self.best(version, candidates, table)
+        sound = self._failing.sound(candidates)
         if version is None:
             by_load = sorted(candidates, key=lambda r: (self._busy(r), r))
-            return list(dict.fromkeys((*best, *by_load)))
-        places = self._where(version)
-        ranking = self._rankings.of(version, candidates)
-        tried = (*best, *places.ready, *places.lucky, *places.loading, *ranking)
-        return [r for r in dict.fromkeys(tried) if r in candidates]
+            tried = list(dict.fromkeys((*best, *by_load)))
+        else:
+            places = self._where(version)
+            ranking = self._rankings.of(version, sound)
+            by_place = (*best, *places.ready, *places.lucky, *places.loading, *ranking, *candidates)
+            tried = [r for r in dict.fromkeys(by_place) if r in candidates]
+        return tried if sound is candidates else sorted(tried, key=lambda r: r not in sound)
 
     def best(
         self, version: AdapterVersion | None, candidates: Collection[str], table: PlacementTable
@@ -108,6 +113,7 @@ class Routing:
         """The candidate `order` begins with; nobody if there are none."""
         if table is not self._table:
             self._notice(table)
+        candidates = self._failing.sound(candidates)
         if version is None:
             return [min(candidates, key=lambda r: (self._busy(r), r))] if candidates else []
         places = self._where(version)
@@ -137,6 +143,7 @@ class Routing:
         known = self._replicas.setdefault(replica_id, KnownReplica())
         known.start(work)
         known.weigh(self._slots_per_work)
+        self._failing.send(replica_id)
         self._under_way[request_id] = _UnderWay(replica_id, work, self._clock())
         if len(self._under_way) > MAX_UNDER_WAY:  # nobody said how the oldest ended
             self.give_up(next(iter(self._under_way)))
@@ -145,6 +152,14 @@ class Routing:
         """Whether the request was sent to a replica and has not ended."""
         return request_id in self._under_way or request_id in self._turned_away
 
+    def hear(self, replica_id: str, outcome: Outcome) -> None:
+        """What became of a request, before or after it has ended here. One that failed is charged what most take."""
+        self._failing.hear(replica_id, outcome)
+        if outcome is Outcome.FAILED and replica_id in self._replicas:
+            known = self._replicas[replica_id]
+            known.recent += self._turn_work or 1.0
+            known.weigh(self._slots_per_work)
+
     def finish(self, request_id: str) -> None:
         """The request has ended where it went: what it took is known now, and replaces what it was taken for."""
         ended = self._leave(request_id)
@@ -152,8 +167,9 @@ class Routing:
             return
         took_s = min(self._clock() - ended.since_s, LONGEST_TURN_S)
         turn_work = self._turn_work or ended.work
-        self._turn_s += TURN_SHARE * (took_s - self._turn_s)
-        self._turn_work = turn_work + TURN_SHARE * (ended.work - turn_work)
+        if not self._failing.is_failing(ended.replica_id):
+            self._turn_s += TURN_SHARE * (took_s - self._turn_s)
+            self._turn_work = turn_work + TURN_SHARE * (ended.work - turn_work)
         took_work = took_s / self._turn_s * self._turn_work if self._turn_s > 0 else 0.0
         known = self._replicas[ended.replica_id]
         known.recent = max(0.0, known.recent + took_work - ended.work)

@@ -13,7 +13,9 @@ from typing import Any, Protocol
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException, RequestCancelledError
 
+from cluster.failing_replicas import Outcome
 from deployments.errors import ReplicaLostError
+from deployments.outcomes import is_replicas_fault, outcome_of, outcomes
 from deployments.previews import Listener, Previews, PreviewStream
 from storage.errors import FloraError, OverloadedError
 from workers.engine.request import EngineRequest, RequestOutput
@@ -78,19 +80,19 @@ class ServeGateway:
         run = Context().run
         if is_whole:
             response = run(self._generate.remote, request, avoided, True, "")
-            with _watched(response) as call:
+            with _watched(response, request.request_id) as call:
                 async for batch in response:
-                    call.is_over = batch.outputs[-1].finish_reason is not None
+                    call.note(batch)
                     yield batch
                 call.is_over = True
             return
         # Before the call, for what it begins may be shown before its own first batch is here.
         with self._previews.listen(request.request_id) as listener:
             response = run(self._generate.remote, request, avoided, False, self._reader)
-            with _watched(response) as call:
+            with _watched(response, request.request_id) as call:
                 async with aclosing(self._read_along(response, listener)) as batches:
                     async for batch in batches:
-                        call.is_over = batch.outputs[-1].finish_reason is not None
+                        call.note(batch)
                         yield batch
                 call.is_over = True
 
@@ -137,19 +139,33 @@ class ServeGateway:
 
 @dataclass(slots=True)
 class _Call:
+    request_id: str
     is_over: bool = False
+    has_begun: bool = False
+
+    def note(self, batch: ReplicaOutputs) -> None:
+        """Tell the router what it must know of a batch."""
+        outcome = outcome_of(batch.outputs[-1])
+        self.is_over = batch.outputs[-1].finish_reason is not None
+        if outcome is not None and (self.is_over or not self.has_begun):
+            outcomes.tell(self.request_id, outcome)
+        self.has_begun = True
 
 
 @contextmanager
-def _watched(response: Any) -> Iterator[_Call]:
+def _watched(response: Any, request_id: str = "") -> Iterator[_Call]:
     """A call that is left before it is over is cancelled at the replica. Ray's errors become ours."""
-    call = _Call()
+    call = _Call(request_id)
     try:
         yield call
     except (RayError, RayServeException) as error:
         call.is_over = True
-        raise _ours(error) from error
+        ours = _ours(error)
+        if isinstance(ours, FloraError) and is_replicas_fault(ours):
+            outcomes.tell(request_id, Outcome.FAILED)
+        raise ours from error
     finally:
+        outcomes.forget(request_id)
         if not call.is_over:
             response.cancel()
 

@@ -17,6 +17,7 @@ from cluster.actor import PlacementSpec
 from cluster.lost_replicas import LostReplicas
 from cluster.routing import Routing
 from deployments.gateway import PreviewsOf
+from deployments.outcomes import Heard, outcomes
 from deployments.table_poller import shared_view
 from workers.engine.request import EngineRequest
 
@@ -29,6 +30,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         self._view = shared_view(PlacementSpec.model_validate(spec))
         self._routing = Routing(time.monotonic)
         self._lost = LostReplicas(time.monotonic)
+        self._heard = Heard()
         self._waiting: dict[asyncio.Future[Any], str] = {}  # for a replica; by attempt
         self._accepted: dict[str, str] = {}  # the replica that has each attempt
 
@@ -41,6 +43,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         meant = _meant(pending_request)
         if meant in by_id:
             return [[by_id[meant]]]
+        for replica_id, outcome in self._heard.take():
+            self._routing.hear(replica_id, outcome)
         request = _engine_request(pending_request)
         version = request.adapters.version if request else None
         order = self._routing.order(version, by_id.keys(), self._view.table)
@@ -59,6 +63,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         if request is not None:
             self._choose(pending_request, request, replica_id.unique_id)
             self._accepted[pending_request.metadata.internal_request_id] = replica_id.unique_id
+            outcomes.expect(request.request_id, replica_id.unique_id, self._heard)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls this when a replica's answer has ended, however it did, and when a replica has not accepted."""

@@ -46,10 +46,17 @@ class SteppedEngine:
     def stop(self) -> None: ...
 
     async def step(self, token: int, *names: str, reason: FinishReason | None = None) -> None:
-        self._on_step(
-            StepOutputs(
-                tuple(RequestOutput(name, AdapterSet(), (token,), reason) for name in names)
-            )
+        await self._hand_out(
+            *(RequestOutput(name, AdapterSet(), (token,), reason) for name in names)
         )
+
+    async def fail(self, error: Exception, *names: str) -> None:
+        reason = FinishReason.ERROR
+        await self._hand_out(
+            *(RequestOutput(name, AdapterSet(), (), reason, error) for name in names)
+        )
+
+    async def _hand_out(self, *outputs: RequestOutput) -> None:
+        self._on_step(StepOutputs(outputs))
         for _ in range(30):  # let every reader read
             await asyncio.sleep(0)

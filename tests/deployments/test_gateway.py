@@ -9,11 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray.exceptions import RayTaskError
 
+from cluster.failing_replicas import Outcome
 from deployments import previews
 from deployments.gateway import PreviewsOf, ReplicaOutputs, ServeGateway
+from deployments.outcomes import Heard, outcomes
 from deployments.request_streams import RequestStreams
-from storage.errors import OverloadedError
+from storage.errors import (
+    AdapterCorruptError,
+    EngineLostError,
+    FloraError,
+    InvalidRequestError,
+    OverloadedError,
+    StoreUnavailableError,
+)
 from tests.deployments.stepped_engine import SteppedEngine
 from workers.engine.request import EngineRequest, FinishReason, SamplingParams
 
@@ -44,7 +54,7 @@ class Call:
             async for item in items:
                 if not is_lost():
                     self._queue.put_nowait(item)
-        except OverloadedError as error:
+        except (OverloadedError, RayTaskError) as error:
             self._queue.put_nowait(error)
         self._queue.put_nowait(None)
 
@@ -58,6 +68,7 @@ class Link:
     is_read: bool = False
     is_full: bool = False  # for calls for previews: until there is `room` for them
     refuses: bool = False  # rather than have them wait
+    raises: Exception | None = None  # instead of an answer
     loses: Callable[[int], bool] = lambda number: False  # which preview messages
 
     def __post_init__(self) -> None:
@@ -72,6 +83,8 @@ class Link:
     async def generate(
         self, request: EngineRequest, avoided: str, is_whole: bool, reader: str
     ) -> AsyncGenerator[ReplicaOutputs, None]:
+        if self.raises is not None:
+            raise self.raises
         async for batch in self.streams.generate(request, is_whole, reader):
             self.num_messages["generate"] += 1
             yield batch
@@ -279,5 +292,84 @@ def test_a_stream_without_requests_ends_and_a_later_request_opens_it_again(
         await asyncio.sleep(0.1)
         assert not link.is_read
         await answer(link, gateway, "second")
+
+    run(test())
+
+
+def heard_of(name: str) -> Heard:
+    """As the router does when a replica has accepted."""
+    heard = Heard()
+    outcomes.expect(name, "here", heard)
+    return heard
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_the_router_hears_that_an_answer_began_and_that_it_ended_well(is_whole: bool) -> None:
+    async def test() -> None:
+        link, heard = Link(), heard_of("r")
+        reader = Reader(ServeGateway(link), "r", is_whole)
+        await asyncio.sleep(0.01)
+        for token in (1, 2, 3):
+            await link.engine.step(token, "r")
+        assert heard.take() == [("here", Outcome.BEGUN)]
+        await link.engine.step(4, "r", reason=FinishReason.LENGTH)
+        await reader.task
+        assert heard.take() == [("here", Outcome.ANSWERED)]
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (FloraError("the model failed"), [("here", Outcome.FAILED)]),
+        (EngineLostError("gone"), [("here", Outcome.FAILED)]),
+        (OSError("no space left on device"), [("here", Outcome.FAILED)]),
+        (InvalidRequestError("no"), []),
+        (AdapterCorruptError("no"), []),
+        (StoreUnavailableError("away"), []),
+    ],
+)
+def test_the_router_hears_of_failures_that_are_the_replicas_fault_and_of_no_others(
+    error: Exception, expected: list[tuple[str, Outcome]]
+) -> None:
+    async def test() -> None:
+        link, heard = Link(), heard_of("r")
+        reader = Reader(ServeGateway(link), "r")
+        await asyncio.sleep(0.01)
+        await link.engine.fail(error, "r")
+        await reader.task
+        assert heard.take() == expected
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [(RuntimeError("a bug"), [("here", Outcome.FAILED)]), (InvalidRequestError("no"), [])],
+)
+def test_the_router_hears_of_what_a_replicas_own_code_raises(
+    cause: Exception, expected: list[tuple[str, Outcome]]
+) -> None:
+    async def test() -> None:
+        heard = heard_of("r")
+        raised = RayTaskError("generate", "its traceback", cause)
+        reader = Reader(ServeGateway(Link(raises=raised)), "r")
+        with pytest.raises(FloraError):
+            await reader.task
+        assert heard.take() == expected
+
+    run(test())
+
+
+def test_the_router_hears_nothing_of_an_answer_nobody_waited_for() -> None:
+    async def test() -> None:
+        link, heard = Link(), heard_of("gone")
+        gone = Reader(ServeGateway(link), "gone")
+        await asyncio.sleep(0.01)
+        gone.task.cancel()
+        await asyncio.gather(gone.task, return_exceptions=True)
+        await asyncio.sleep(0.01)
+        assert link.engine.aborted == ["gone"] and heard.take() == []
 
     run(test())

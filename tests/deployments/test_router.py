@@ -11,9 +11,11 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
 
 from cluster.config import ClusterSettings
+from cluster.failing_replicas import Outcome
 from cluster.view import TableView
 from deployments import router as router_module
 from deployments.gateway import PreviewsOf
+from deployments.outcomes import outcomes
 from deployments.router import AdapterRouter
 from deployments.settings import Settings
 from storage.identity import AdapterSet, AdapterVersion
@@ -145,6 +147,35 @@ def test_a_request_cancelled_while_it_waits_is_no_longer_under_way(router: Adapt
     asked.future.cancel()
     order(router, asked)  # Serve may ask once more before it notices
     assert not router._routing.is_chosen("serve-r")
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+def test_a_replica_whose_request_failed_is_tried_last_whoever_tells_first(
+    router: AdapterRouter, is_told_first: bool
+) -> None:
+    asked = pending("r", version=None)
+    first = order(router, asked)[0]
+    replica_id = ReplicaID(first, DEPLOYMENT)
+    router.on_request_routed(asked, replica_id, None)
+    if is_told_first:
+        outcomes.tell("r", Outcome.FAILED)
+        router.on_request_completed(replica_id, "serve-r")
+    else:
+        router.on_request_completed(replica_id, "serve-r")
+        outcomes.tell("r", Outcome.FAILED)
+    assert order(router, pending("next", version=None))[-1] == first
+    outcomes.tell("r", Outcome.ANSWERED)
+    assert order(router, pending("later", version=None))[-1] != first
+    outcomes.forget("r")
+
+
+def test_a_failed_request_that_is_sent_again_goes_elsewhere(router: AdapterRouter) -> None:
+    asked = pending("again")
+    first = order(router, asked)[0]
+    router.on_request_routed(asked, ReplicaID(first, DEPLOYMENT), None)
+    outcomes.tell("again", Outcome.FAILED)
+    assert order(router, pending("again-again"))[-1] == first
+    outcomes.forget("again")
 
 
 def test_previews_come_from_the_replica_they_are_of(router: AdapterRouter) -> None:
