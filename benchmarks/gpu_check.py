@@ -7,11 +7,14 @@ healthy ones, whose bits must not change. Needs torch and triton only.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_training_check import check_training
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterVersion
 from workers.attention.pages import PagedAttention
@@ -22,7 +25,7 @@ from workers.models.runner import SequenceSpan
 from workers.row_form.base_linear import DenseLinear
 from workers.row_form.cost import KERNEL_COST, CostModel
 from workers.row_form.reference import reference_product
-from workers.row_form.step_plan import Segment, plan_step
+from workers.row_form.step_plan import Segment, StepPlan, plan_step
 
 ROW_MODE = CostModel(build_rows=1e9, build_rows_per_rank=0)
 WEIGHT_MODE = CostModel(build_rows=-1e9, build_rows_per_rank=0)
@@ -95,11 +98,9 @@ class Mix:
         scale_O = 1 + self.size * self._normal(num_out) if family == "scaled lora" else None
         return ModuleRows(add_q_EO=q_EO, add_p_EI=p_EI, add_gate=0.5, scale_O=scale_O)
 
-    def output(self, cost: CostModel) -> Tensor:
-        from workers.kernels.product import adapted_product
-        from workers.kernels.step_tables import index_for_kernels
-
-        plan = plan_step(
+    @property
+    def plan(self) -> StepPlan:
+        return plan_step(
             [
                 Segment(count, () if who is None else ((self._slot(who), 1.0),))
                 for count, who in self.segments
@@ -107,7 +108,12 @@ class Mix:
             self.bank.resident_slots,
             self._device,
         )
-        tables = index_for_kernels(plan, self.bank.snapshot.table_of["layer"], cost)
+
+    def output(self, cost: CostModel) -> Tensor:
+        from workers.kernels.product import adapted_product
+        from workers.kernels.step_tables import index_for_kernels
+
+        tables = index_for_kernels(self.plan, self.bank.snapshot.table_of["layer"], cost)
         rows = self.bank.modules["layer"]
         return adapted_product(self.x_TI, self.layer, rows.in_rows_NI, rows.out_rows_NO, tables)
 
@@ -159,13 +165,28 @@ class Mix:
 
     def healthy_bits_change(self, cost: CostModel) -> bool:
         """Whether the first adapter, broken, reaches any token that is not its own."""
-        before = self.output(cost)
+        healthy, before = self.healthy_tokens(), self.output(cost)
+        with self.first_broken():
+            after = self.output(cost)
+        return not torch.equal(before[healthy], after[healthy])
+
+    @contextmanager
+    def first_broken(self) -> Iterator[None]:
+        """The first adapter's rows as no adapter's should be, for a while."""
         place, bank = self.bank.pages_of(self.versions[0])["layer"], self.bank.modules["layer"]
+        kept = bank.in_rows_NI.clone(), bank.out_rows_NO.clone()
         bank.in_rows_NI[list(place.in_pages)] = 3e38
         bank.out_rows_NO[list(place.out_pages)] = float("nan")
-        after = self.output(cost)
+        try:
+            yield
+        finally:
+            bank.in_rows_NI.copy_(kept[0])
+            bank.out_rows_NO.copy_(kept[1])
+
+    def healthy_tokens(self) -> Tensor:
+        """Those that are not the first adapter's."""
         healthy = torch.cat([torch.full((count,), who != 0) for count, who in self.segments])
-        return not torch.equal(before[healthy.to(before.device)], after[healthy.to(after.device)])
+        return healthy.to(self._device)
 
 
 def check(device: torch.device, *, seeds: int, sizes: Sizes) -> list[str]:
@@ -185,6 +206,13 @@ def check(device: torch.device, *, seeds: int, sizes: Sizes) -> list[str]:
         print(told, flush=True)
         if not error <= BOUND[dtype]:
             wrong.append(told)
+        error, changed = check_training(mix)
+        told = f"seed {seed}, {mix.name}, training in row mode: error {error:.2e}"
+        print(told, flush=True)
+        if not error <= BOUND[dtype]:
+            wrong.append(told)
+        if changed:
+            wrong.append(f"seed {seed}, training: other bits again, or beside a broken adapter")
         for mode, cost in (("row", ROW_MODE), ("weight", WEIGHT_MODE)):
             if mix.healthy_bits_change(cost):
                 wrong.append(f"seed {seed}, {mode} mode: a broken adapter reached its neighbours")
