@@ -42,6 +42,11 @@ def sections() -> dict[str, Callable[[], Section]]:
 
         return layers
 
+    def trained_layer() -> Section:
+        from benchmarks.gpu_training import trained_layer
+
+        return trained_layer
+
     def models() -> Section:
         from benchmarks.gpu_models import models
 
@@ -52,7 +57,13 @@ def sections() -> dict[str, Callable[[], Section]]:
 
         return training
 
-    return {"floors": floors, "layers": layers, "models": models, "training": training}
+    return {
+        "floors": floors,
+        "layers": layers,
+        "trained-layer": trained_layer,
+        "models": models,
+        "training": training,
+    }
 
 
 def measure(names: list[str], rounds: int, budget_s: float) -> tuple[list[Row], dict[str, str]]:
