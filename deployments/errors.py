@@ -8,6 +8,7 @@ from typing import Any
 from storage.errors import (
     AdapterCorruptError,
     AdapterRefusedError,
+    AliasTakenError,
     BaseMismatchError,
     CapacityError,
     EngineLostError,
@@ -116,6 +117,7 @@ _STATUS: tuple[tuple[type[FloraError], int], ...] = (
     (UnknownModelError, 404),
     (NotFoundError, 404),
     (BaseMismatchError, 409),
+    (AliasTakenError, 409),
     (AdapterRefusedError, 422),
     (CapacityError, 422),
     (AdapterCorruptError, 503),

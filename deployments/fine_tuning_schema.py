@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "name": "suffix",
     "data": "training_file",
     "seed": "seed",
+    "may_replace": "what an admin's key is for",
     "evaluation.data": "validation_file",
 }
 """Fields of an adapter that the API has in a place of its own."""

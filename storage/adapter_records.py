@@ -7,7 +7,7 @@ version exists, so what an alias means is then found as well.
 from __future__ import annotations
 
 from storage import layout
-from storage.errors import AdapterCorruptError, UnknownModelError
+from storage.errors import AdapterCorruptError, AliasTakenError, UnknownModelError
 from storage.history import live_record
 from storage.identity import AdapterName, AdapterVersion
 from storage.manifest import AliasRecord, Manifest, Tombstone
@@ -15,6 +15,8 @@ from storage.object_store import ObjectStore
 from storage.records import read
 
 NOTHING_DELETED = Tombstone(deleted_s=0.0)
+
+_SHORT_DIGITS = 12
 
 
 def read_tombstone(store: ObjectStore, name: AdapterName) -> Tombstone:
@@ -66,6 +68,15 @@ def read_manifest(store: ObjectStore, name: AdapterName, version: AdapterVersion
 
 def no_version(name: AdapterName, version: AdapterVersion) -> UnknownModelError:
     return UnknownModelError(f"the adapter {name.name!r} has no version {version}", param="model")
+
+
+def alias_taken(name: AdapterName, alias: str, version: AdapterVersion) -> AliasTakenError:
+    short = version[:_SHORT_DIGITS]
+    return AliasTakenError(
+        f"an adapter {name.name!r} was made by somebody else meanwhile, and this one may not take its place; it is "
+        f"kept, and answers as {name.name}@{short}. With an admin key the alias {alias!r} can be moved to it: flora "
+        f"adapters alias {name.name} {alias} {short}"
+    )
 
 
 def no_adapter(name: AdapterName) -> UnknownModelError:

@@ -77,6 +77,12 @@ class AdapterRefusedError(FloraError):
     code = "adapter_refused"
 
 
+class AliasTakenError(AdapterRefusedError):
+    """A version was not to take another one's place, and there is one. It is published, and no alias means it."""
+
+    code = "alias_taken"
+
+
 class NoAdapterError(AdapterRefusedError):
     """There is no adapter at the place one is to be read from."""
 

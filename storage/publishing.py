@@ -24,6 +24,7 @@ def publish_adapter(
     base: BaseFacts,
     *,
     alias: str | None = DEFAULT_ALIAS,
+    may_replace: bool = True,
     source: str = "push",
     max_bytes: int = DEFAULT_MAX_ADAPTER_BYTES,
     clock: Callable[[], float] = time.time,
@@ -32,6 +33,7 @@ def publish_adapter(
 
     Args:
         files: `adapter_config.json` and `adapter_model.safetensors`, by name.
+        may_replace: whether the alias may mean another version now.
         source: `push`, `import`, or `training:<job id>`.
         max_bytes: of all files together.
         clock: seconds since the epoch.
@@ -69,6 +71,7 @@ def publish_adapter(
         manifest.content,
         provenance=manifest.provenance,
         alias=alias,
+        may_replace=may_replace,
         pages=manifest.pages,
     )
     return manifest

@@ -14,6 +14,7 @@ from itertools import islice
 
 from storage import layout
 from storage.adapter_records import (
+    alias_taken,
     list_versions,
     no_adapter,
     no_version,
@@ -91,9 +92,12 @@ class Registry:
         *,
         provenance: Provenance,
         alias: str | None = DEFAULT_ALIAS,
+        may_replace: bool = True,
         pages: int | None = None,
     ) -> AdapterVersion:
         """Make a version exist and, unless `alias` is None, let the alias mean it.
+
+        Unless it `may_replace` others, only where the adapter has no alias yet but this one of this version.
 
         The same content again is the same version and keeps the provenance it was first published with; its files
         are written again, which repairs them and lifts a quarantine.
@@ -101,6 +105,7 @@ class Registry:
         Raises:
             ValueError: `content.files` does not describe `files`.
             InvalidRequestError: `alias` is not a valid name.
+            AliasTakenError: it may not replace what the adapter has by now; the version is published all the same.
             OverloadedError: others moved the alias faster than this call could, and the version is published; or a
                 garbage collection is in the way.
         """
@@ -111,9 +116,13 @@ class Registry:
         manifest = Manifest(content=content, provenance=provenance, pages=pages)
         write_version(self._store, name, files, manifest, self._clock, self._sleep)
         version = content.version
-        if alias is not None:
-            self._move(name, alias, version)
-        self._announce(name)
+        try:
+            if alias is not None and may_replace:
+                self._move(name, alias, version)
+            elif alias is not None:
+                self._make_alias(name, alias, version)
+        finally:
+            self._announce(name)
         return version
 
     # -- reading ---------------------------------------------------------------------------------
@@ -327,11 +336,21 @@ class Registry:
 
     # -- steps -----------------------------------------------------------------------------------
 
-    def _move(self, name: AdapterName, alias: str, version: AdapterVersion) -> AliasRecord:
+    def _make_alias(self, name: AdapterName, alias: str, version: AdapterVersion) -> None:
+        meant = {each: record.version for each, record in self.aliases(name).items()}
+        if meant.items() - {(alias, version)}:
+            raise alias_taken(name, alias, version)
+        self._move(name, alias, version, may_replace=False)
+
+    def _move(
+        self, name: AdapterName, alias: str, version: AdapterVersion, *, may_replace: bool = True
+    ) -> AliasRecord:
         def point(old: AliasRecord | None) -> AliasRecord | None:
             if old is None:
                 return AliasRecord(version=version, generation=1, moved_s=self._clock())
             live = live_record(alias, old, read_tombstone(self._store, name))
+            if not may_replace and live is not None and live.version != version:
+                raise alias_taken(name, alias, version)
             is_live = live is not None and live.generation == old.generation
             if is_live and old.version == version:
                 return None

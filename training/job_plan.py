@@ -47,7 +47,7 @@ class JobPlan:
         )
         for adapter in self.spec.adapters:
             settings = adapter.model_dump(
-                mode="json", exclude={"data": True, "evaluation": {"data"}}
+                mode="json", exclude={"data": True, "evaluation": {"data"}, "may_replace": True}
             )
             hashed.update(canonical_json(settings))
             data = self.data[adapter.name]

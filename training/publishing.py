@@ -64,6 +64,7 @@ class JobPublisher:
             files,
             self._base,
             alias=spec.alias,
+            may_replace=spec.may_replace,
             source=f"training:{self._job_id}",
             max_bytes=self._max_bytes,
         )

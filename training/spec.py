@@ -123,6 +123,10 @@ class AdapterSpec(BaseModel):
     early_stop: EarlyStop | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="The job's if unset.")
     alias: str = Field(default=DEFAULT_ALIAS, description="What the new version is called.")
+    may_replace: bool = Field(
+        default=True,
+        description="False: an adapter that somebody made meanwhile keeps its aliases; the new version has none then.",
+    )
 
     @field_validator("name", "alias")
     @classmethod

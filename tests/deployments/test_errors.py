@@ -43,6 +43,7 @@ STATUS = {
     "WrongKeyError": 401,
     "AdminOnlyError": 403,
     "ForbiddenSourceError": 403,
+    "AliasTakenError": 409,
     "NoAdapterError": 404,
     "NotFoundError": 404,
     "JobEndedError": 400,

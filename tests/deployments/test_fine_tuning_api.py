@@ -162,6 +162,7 @@ def test_a_broken_file_fails_the_job_and_names_the_line(client: openai.OpenAI) -
         ({"adapter": {"rank": 0}}, 400, "adapter.rank"),
         ({"adapter": {"ranks": 1}}, 400, "adapter.ranks"),
         ({"adapter": {"name": "x"}}, 400, "adapter.name"),
+        ({"adapter": {"may_replace": True}}, 400, "adapter.may_replace"),
         ({"adapter": {"family": "vera"}}, 400, "adapter.family"),
         ({"seed": -1}, 400, "seed"),
     ],

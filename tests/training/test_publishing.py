@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +13,14 @@ from peft import PeftModel
 
 from storage.adapter_directory import write_directory
 from storage.base_checkpoint import BaseFacts
-from storage.errors import AdapterRefusedError
+from storage.errors import AdapterRefusedError, AliasTakenError
 from storage.formats.peft import read_peft
 from storage.identity import AdapterName
 from storage.local_store import LocalObjectStore
+from storage.object_store import ObjectStore
+from storage.publishing import publish_adapter
 from storage.registry import Registry
+from tests.storage.passing_store import InterruptingStore
 from tests.training.tiny_jobs import (
     adapter,
     largest_difference,
@@ -142,3 +148,60 @@ def test_peft_loads_what_was_trained_and_loses_as_much(
     with torch.no_grad():
         assert padded_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
         assert padded_loss(tiny_model(), batch).item() > expected + 1e-2, "the twin without it"
+
+
+def test_an_adapter_that_somebody_made_meanwhile_keeps_its_place_and_no_weights_are_lost(
+    store: LocalObjectStore, registry: Registry, publish: JobPublisher, base: BaseFacts
+) -> None:
+    spec = adapter("mine", steps=1, may_replace=False)
+    theirs, ours = (
+        trained(spec.model_copy(update={"steps": steps})).published["mine"] for steps in (1, 2)
+    )
+    name = AdapterName("default", "mine")
+    admins = publisher_of("job-2", store, registry, base)
+    first = admins(spec, theirs)
+    assert admins(spec, theirs) == first, "what it published itself is in nobody's way"
+    with pytest.raises(AliasTakenError, match="made by somebody else meanwhile") as refused:
+        publish(spec, ours)
+    assert registry.resolve(name) == first
+    (kept,) = {manifest.version for manifest in registry.versions(name)} - {first}
+    assert f"mine@{kept[:12]}" in refused.value.message
+    assert f"flora adapters alias mine latest {kept[:12]}" in refused.value.message
+    assert registry.resolve(name, kept[:12]) == kept, "its weights answer by their digest"
+    with pytest.raises(AliasTakenError):
+        publish(spec.model_copy(update={"alias": "prod"}), ours)
+    assert set(registry.aliases(name)) == {"latest"}
+    assert publish(spec.model_copy(update={"may_replace": True}), ours) == kept
+    assert registry.resolve(name) == kept
+
+
+def test_of_two_that_make_one_adapter_at_the_same_moment_one_has_it(
+    local: ObjectStore, base: BaseFacts
+) -> None:
+    """Whatever one of them is doing when the other does all of it."""
+    spec = adapter("mine", steps=1, may_replace=False)
+    rows = [trained(spec.model_copy(update={"steps": steps})).published["mine"] for steps in (1, 2)]
+    files = [peft_files(spec, one, "tiny") for one in rows]
+
+    def make(store: ObjectStore, number: int, name: AdapterName) -> str:
+        made = publish_adapter(Registry(store), name, files[number], base, may_replace=False)
+        return made.version
+
+    for at in range(40):
+        name = AdapterName("default", f"mine-{at}")
+        first = InterruptingStore(local, at, partial(made_first, make, local, name))
+        winner = None
+        with suppress(AliasTakenError):
+            winner = make(first, 0, name)
+        if not first.has_happened:
+            break
+        versions = {manifest.version for manifest in Registry(local).versions(name)}
+        assert len(versions) == 2, "both are kept"
+        meant = Registry(local).resolve(name)
+        assert winner in (None, meant)
+    assert at >= 3
+
+
+def made_first(make: Any, store: ObjectStore, name: AdapterName) -> None:
+    with suppress(AliasTakenError):
+        make(store, 1, name)

@@ -142,7 +142,8 @@ class FineTuningJob(BaseModel):
         evaluation = fields.get("evaluation") or {}
         if held_out is not None and isinstance(evaluation, dict):
             fields["evaluation"] = {**evaluation, "data": held_out}
-        return AdapterSpec.model_validate({**fields, "name": self.name, "data": data})
+        ours = {"name": self.name, "data": data, "may_replace": self.may_replace}
+        return AdapterSpec.model_validate({**fields, **ours})
 
     # What happens to it.
 

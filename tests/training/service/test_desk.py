@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from training.job_store import JobStore
 from training.service import desk as desk_module
 from training.service.files import UploadedFile, UploadedFiles
 from training.service.job import FineTuningJob, FineTuningStatus
-from training.stored_spec import stored_adapters
+from training.stored_spec import spec_key, stored_adapters
 
 VALIDATING, QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED = FineTuningStatus
 
@@ -329,6 +330,15 @@ def test_a_users_job_never_takes_the_place_of_an_adapter_made_since(world: World
     fault = world.now(user).fault
     assert fault is not None and fault.param == "suffix"
     assert stored_adapters(world.store, batch_of(world, admin)) == {"ours"}
+
+
+def test_what_a_job_may_replace_is_asked_again_when_it_publishes(world: World) -> None:
+    user, admin = world.create("mine", may_replace=False), world.create("ours")
+    nameless = world.create(may_replace=False)
+    world.tick(0, 5)
+    stored = world.store.get(spec_key(batch_of(world, user, admin, nameless))).data
+    may_replace = {one["name"]: one["may_replace"] for one in json.loads(stored)["adapters"]}
+    assert may_replace == {"mine": False, "ours": True, nameless.name: True}
 
 
 def test_running_batches_are_seen_to_before_files_are_looked_at(
