@@ -17,7 +17,9 @@ from storage.errors import (
     NoAdapterError,
     NotFoundError,
     OverloadedError,
+    QuotaExceededError,
     StoreUnavailableError,
+    TooManyJobsError,
     UnknownModelError,
 )
 
@@ -30,6 +32,7 @@ _TYPES = {
     409: "conflict_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
+    429: "rate_limit_error",
     503: "overloaded_error",
 }
 _REGISTRY_AWAY = (
@@ -120,6 +123,7 @@ _STATUS: tuple[tuple[type[FloraError], int], ...] = (
     (AliasTakenError, 409),
     (AdapterRefusedError, 422),
     (CapacityError, 422),
+    (QuotaExceededError, 429),
     (AdapterCorruptError, 503),
     (StoreUnavailableError, 503),
     (OverloadedError, 503),
@@ -146,6 +150,8 @@ def http_error(error: Exception) -> HttpError:
         headers["WWW-Authenticate"] = "Bearer"
     if status == 503:
         headers["Retry-After"] = str(OverloadedError.retry_after_s)
+    if isinstance(error, TooManyJobsError):
+        headers["Retry-After"] = str(error.retry_after_s)
     message = error.message
     if isinstance(error, StoreUnavailableError):
         # Its own names buckets and hosts; the operator reads that in the log and at /v1/cluster.

@@ -50,6 +50,8 @@ async def create(
             if file_id is not None:
                 _check_file(api, tenant, file_id, param)
         is_repeated = idempotency_key and training.records.has_request(tenant, idempotency_key)
+        if not is_repeated:
+            training.records.check_room(api.base_id, tenant, training.jobs_per_tenant)
         if asked.suffix is not None and not caller.is_admin and not is_repeated:
             _check_new(api, AdapterName(tenant, asked.suffix))
             if training.records.is_awaited(api.base_id, tenant, asked.suffix):

@@ -53,7 +53,8 @@ class TrainingService:
         make_desk: Callable[[], Desk],
     ) -> None:
         self.base = base
-        self.files = UploadedFiles(store, time.time)
+        self.files = UploadedFiles(store, time.time, settings.file_bytes_per_tenant)
+        self.jobs_per_tenant = settings.jobs_per_tenant
         self.records = JobRecords(store)
         self._history = EventHistory(store)
         self.uploads = Uploads(settings.max_file_bytes, form=FILE_FORM)

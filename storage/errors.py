@@ -107,6 +107,19 @@ class CapacityError(FloraError):
     code = "capacity_exceeded"
 
 
+class QuotaExceededError(FloraError):
+    """The tenant has as much as it may have. Says how much that is, and what makes room."""
+
+    code = "quota_exceeded"
+
+
+class TooManyJobsError(QuotaExceededError):
+    """The tenant has as many jobs as it may have at once; there is room when one of them ends."""
+
+    code = "too_many_jobs"
+    retry_after_s: ClassVar[int] = 30
+
+
 class OverloadedError(FloraError):
     """No replica can take the request now; worth retrying after `retry_after_s` seconds."""
 

@@ -51,6 +51,14 @@ class TrainingSettings(BaseModel):
     max_file_bytes: int = Field(
         default=100 << 20, ge=1, le=1 << 30, description="Of one uploaded file of examples."
     )
+    file_bytes_per_tenant: int = Field(
+        default=10 << 30, ge=1, description="Of all uploaded files that a tenant has at once."
+    )
+    jobs_per_tenant: int = Field(
+        default=100,
+        ge=1,
+        description="Jobs of the API that a tenant has at once, waiting or running, of one base.",
+    )
     num_workers: int = Field(default=1, ge=1, le=1024)
     min_workers: int | None = Field(
         default=None,

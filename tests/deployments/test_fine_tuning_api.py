@@ -244,3 +244,44 @@ def test_files_and_jobs_are_their_tenants_alone(
         with pytest.raises(openai.APIStatusError, match="larger than") as caught:
             us.files.create(file=("d.jsonl", b"x" * (4 << 20)), purpose="fine-tune")
         assert caught.value.status_code == 413
+
+
+def test_a_tenant_has_so_many_jobs_and_bytes_of_files_and_another_its_own(
+    local_server: LocalServer, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    values = settings_for(tiny_llama_dir, tmp_path, allow_anonymous=False)
+    quotas = {"jobs_per_tenant": 2, "file_bytes_per_tenant": 3 * len(LINES)}
+    small = values.training.model_copy(update=quotas)
+    world = World.create(tiny_llama_dir, values.model_copy(update={"training": small}))
+    keys = KeyStore(open_store(world.settings.storage))
+    made = [new_key(tenant, is_admin=False, created_s=1.0) for tenant in ("us", "them")]
+    for one in made:
+        keys.add(one.key)
+    with served(world, local_server.gateway) as (url, _):
+        us, them = (
+            openai.OpenAI(base_url=f"{url}/v1", api_key=one.token, max_retries=0) for one in made
+        )
+
+        def upload(client: openai.OpenAI, name: str) -> str:
+            return client.files.create(file=(name, LINES), purpose="fine-tune").id
+
+        kept = [upload(us, f"{number}.jsonl") for number in range(3)]
+        with pytest.raises(openai.RateLimitError, match="Delete files") as full:
+            upload(us, "3.jsonl")
+        assert full.value.code == "quota_exceeded"
+        assert "retry-after" not in full.value.response.headers
+        assert upload(us, "0.jsonl") == kept[0], "the same file again is no other one"
+        us.files.delete(kept[2])
+        upload(us, "3.jsonl")
+        theirs = upload(them, "0.jsonl")
+
+        key = {"Idempotency-Key": "mine"}
+        one = create(us, kept[0], "one", extra_headers=key)
+        create(us, kept[0], "two")
+        with pytest.raises(openai.RateLimitError, match="may have 2") as busy:
+            create(us, kept[0], "three")
+        assert int(busy.value.response.headers["retry-after"]) > 0
+        assert create(us, kept[0], "one", extra_headers=key).id == one.id
+        create(them, theirs, "three")
+        us.fine_tuning.jobs.cancel(one.id)
+        create(us, kept[0], "three")

@@ -7,13 +7,20 @@ file. The parts come before the record, which is the commit; in between no file 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError, OverloadedError
+from storage.errors import (
+    AdapterCorruptError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    QuotaExceededError,
+)
 from storage.identity import canonical_json
 from storage.index import parallel
 from storage.object_store import ObjectNotFoundError, ObjectStore, PreconditionFailedError
@@ -48,17 +55,26 @@ class UploadedFiles:
 
     Args:
         clock: seconds since the epoch.
+        bytes_per_tenant: of all files that a tenant has at once; as many as it likes when None. Uploads of one tenant
+            at the same moment may together exceed it, by what was sent in that moment.
     """
 
-    def __init__(self, store: ObjectStore, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        clock: Callable[[], float],
+        bytes_per_tenant: int | None = None,
+    ) -> None:
         self._store = store
         self._clock = clock
+        self._bytes_per_tenant = bytes_per_tenant
 
     def add(self, tenant: str, filename: str, content: IO[bytes]) -> UploadedFile:
         """Keep a file, read from its beginning.
 
         Raises:
             InvalidRequestError: a name that no file could have.
+            QuotaExceededError: the tenant has no room for another file of this size.
             OverloadedError: the same file is being deleted; nothing is kept.
         """
         filename = _checked_filename(filename)
@@ -76,6 +92,7 @@ class UploadedFiles:
             sha256=sha256,
             created_s=self._clock(),
         )
+        self._check_room(file)
         content.seek(0)
         for number in range(file.num_parts):
             self._store.put(_part(file, number), content.read(_PART_BYTES))
@@ -106,6 +123,18 @@ class UploadedFiles:
         files = [one for one in found if one is not None]
         return sorted(files, key=lambda file: (-file.created_s, file.file_id))
 
+    def num_bytes(self, tenant: str) -> int:
+        """Of all of a tenant's, without what is on its way."""
+        sizes: Counter[str] = Counter()
+        kept = set()
+        for one in self._store.list(f"files/{tenant}/"):
+            folder, _, name = one.key.rpartition("/")
+            if name == _RECORD:
+                kept.add(folder)
+            else:
+                sizes[folder] += one.num_bytes
+        return sum(sizes[folder] for folder in kept)
+
     def delete(self, tenant: str, file_id: str) -> None:
         """Raises NotFoundError. Of an upload of the same file at the same moment nothing is left either."""
         file = self.get(tenant, file_id)
@@ -114,6 +143,18 @@ class UploadedFiles:
             self._store.delete(_part(file, number))
         # Uploaded once more meanwhile, it would be a record without its parts.
         self._store.delete(_record(tenant, file_id))
+
+    def _check_room(self, file: UploadedFile) -> None:
+        most = self._bytes_per_tenant
+        if most is None or self._store.exists(_record(file.tenant, file.file_id)):
+            return
+        used = self.num_bytes(file.tenant)
+        if used + file.num_bytes > most:
+            raise QuotaExceededError(
+                f"the files of this tenant have {used:,} bytes, and this one {file.num_bytes:,}; together {most:,} are "
+                "kept at most. Delete files that no job needs any more, or ask whoever runs this server for room",
+                param="file",
+            )
 
     def content(self, file: UploadedFile) -> Iterator[bytes]:
         """The content, in pieces. Raises NotFoundError when it is deleted meanwhile, AdapterCorruptError."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
-from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError
+from storage.errors import AdapterCorruptError, InvalidRequestError, NotFoundError, TooManyJobsError
 from storage.identity import canonical_json, sha256_hex
 from storage.index import parallel
 from storage.object_store import ObjectStore, PreconditionFailedError
@@ -150,6 +150,23 @@ class JobRecords:
         ids = [one.key.removeprefix(folder) for one in self._store.list(folder)]
         found = parallel(lambda job_id: self._readable(tenant, job_id), ids)
         return any(job and job.name == name and not job.status.is_final for job in found)
+
+    def check_room(self, base_id: str, tenant: str, most: int) -> None:
+        """Raises TooManyJobsError: the tenant has so many jobs of this base that did not end.
+
+        Jobs made at the same moment may together exceed that.
+        """
+        folder = f"{desk_folder(base_id)}open/"
+        marks = [one.key.removeprefix(folder) for one in self._store.list(f"{folder}{tenant}/")]
+        if len(marks) < most:
+            return
+        found = parallel(self._marked, marks)
+        count = sum(job is not None and not job.status.is_final for job in found)
+        if count >= most:
+            raise TooManyJobsError(
+                f"this tenant has {count} jobs that wait or run, and may have {most}; wait for one of them to end, or "
+                "cancel one"
+            )
 
     def put_away(self, job: FineTuningJob) -> None:
         """The desk needs to do no more about a job."""
