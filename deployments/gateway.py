@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException, RequestCa
 
 from cluster.failing_replicas import Outcome
 from deployments.errors import ReplicaLostError
-from deployments.outcomes import is_replicas_fault, outcome_of, outcomes
+from deployments.outcomes import is_replicas_fault, outcome_of, shared_outcomes
 from deployments.previews import Listener, Previews, PreviewStream
 from storage.errors import FloraError, OverloadedError
 from workers.engine.request import EngineRequest, RequestOutput
@@ -148,7 +148,7 @@ class _Call:
         outcome = outcome_of(batch.outputs[-1])
         self.is_over = batch.outputs[-1].finish_reason is not None
         if outcome is not None and (self.is_over or not self.has_begun):
-            outcomes.tell(self.request_id, outcome)
+            shared_outcomes().tell(self.request_id, outcome)
         self.has_begun = True
 
 
@@ -162,10 +162,10 @@ def _watched(response: Any, request_id: str = "") -> Iterator[_Call]:
         call.is_over = True
         ours = _ours(error)
         if isinstance(ours, FloraError) and is_replicas_fault(ours):
-            outcomes.tell(request_id, Outcome.FAILED)
+            shared_outcomes().tell(request_id, Outcome.FAILED)
         raise ours from error
     finally:
-        outcomes.forget(request_id)
+        shared_outcomes().forget(request_id)
         if not call.is_over:
             response.cancel()
 

@@ -31,7 +31,7 @@ class Heard:
 
 
 class Outcomes:
-    """Who has which request, and who is to hear of it. Any thread. One a process: see `outcomes`."""
+    """Who has which request, and who is to hear of it. Any thread."""
 
     def __init__(self) -> None:
         self._sent: dict[str, tuple[str, Heard]] = {}
@@ -56,8 +56,15 @@ class Outcomes:
             self._sent.pop(request_id, None)
 
 
-outcomes = Outcomes()
-"""Of this process: request ids are unique in the cluster."""
+_outcomes = Outcomes()
+
+
+def shared_outcomes() -> Outcomes:
+    """Those of this process, for all applications: request ids are unique in the cluster.
+
+    Serve pickles the router's class with the objects its module names; a function is named, an object would be copied.
+    """
+    return _outcomes
 
 
 def outcome_of(last: RequestOutput) -> Outcome | None:

@@ -17,7 +17,7 @@ from cluster.actor import PlacementSpec
 from cluster.lost_replicas import LostReplicas
 from cluster.routing import Routing
 from deployments.gateway import PreviewsOf
-from deployments.outcomes import Heard, outcomes
+from deployments.outcomes import Heard, shared_outcomes
 from deployments.table_poller import shared_view
 from workers.engine.request import EngineRequest
 
@@ -63,7 +63,7 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]  # Ray is untyped
         if request is not None:
             self._choose(pending_request, request, replica_id.unique_id)
             self._accepted[pending_request.metadata.internal_request_id] = replica_id.unique_id
-            outcomes.expect(request.request_id, replica_id.unique_id, self._heard)
+            shared_outcomes().expect(request.request_id, replica_id.unique_id, self._heard)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Serve calls this when a replica's answer has ended, however it did, and when a replica has not accepted."""

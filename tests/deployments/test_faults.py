@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +23,7 @@ from deployments.app import placement_spec
 from storage import layout
 from storage.identity import AdapterName, AdapterVersion
 from tests.deployments.background_load import BackgroundLoad
+from tests.deployments.broken_replica import broken_replica
 from tests.deployments.metrics.scraping import scrape
 from tests.deployments.serving import Served, serve_world, until
 from tests.deployments.telling_adapters import TellingAdapters
@@ -297,6 +299,24 @@ def test_a_dead_placement_manager_costs_no_answer_and_is_rebuilt(
         assert served.complete(name, "the").headers["x-adapter-version"] == version
         until(lambda: _serves(served, name) == version, "the new manager serves it")
     assert load.num_answered > 0
+
+
+def test_a_replica_that_fails_at_once_does_not_draw_the_requests_and_comes_back_when_mended(
+    faulty: Faulty,
+) -> None:
+    served = faulty.served
+
+    def ask(number: int) -> tuple[int, str]:
+        response = served.complete(BASE_ID, PROMPTS[number % len(PROMPTS)], max_tokens=TOKENS)
+        return response.status_code, response.headers.get("x-replica-id", "")
+
+    broken = min(each["id"] for each in served.state()["replicas"])
+    with ThreadPoolExecutor(4) as pool:
+        with broken_replica(broken):
+            statuses = Counter(status for status, _ in pool.map(ask, range(80)))
+        assert set(statuses) == {200, 500}, "it was broken, and the other answered"
+        assert statuses[500] <= 12, "those of the first moment, and one after each pause"
+        until(lambda: (200, broken) in pool.map(ask, range(4)), "it is asked again")
 
 
 def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_elsewhere(

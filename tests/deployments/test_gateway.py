@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 from cluster.failing_replicas import Outcome
 from deployments import previews
 from deployments.gateway import PreviewsOf, ReplicaOutputs, ServeGateway
-from deployments.outcomes import Heard, outcomes
+from deployments.outcomes import Heard, shared_outcomes
 from deployments.request_streams import RequestStreams
 from storage.errors import (
     AdapterCorruptError,
@@ -299,7 +299,7 @@ def test_a_stream_without_requests_ends_and_a_later_request_opens_it_again(
 def heard_of(name: str) -> Heard:
     """As the router does when a replica has accepted."""
     heard = Heard()
-    outcomes.expect(name, "here", heard)
+    shared_outcomes().expect(name, "here", heard)
     return heard
 
 

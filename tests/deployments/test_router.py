@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID
+from ray.serve.config import RequestRouterConfig
 
 from cluster.config import ClusterSettings
 from cluster.failing_replicas import Outcome
 from cluster.view import TableView
 from deployments import router as router_module
 from deployments.gateway import PreviewsOf
-from deployments.outcomes import outcomes
+from deployments.outcomes import shared_outcomes
 from deployments.router import AdapterRouter
 from deployments.settings import Settings
 from storage.identity import AdapterSet, AdapterVersion
@@ -158,24 +159,30 @@ def test_a_replica_whose_request_failed_is_tried_last_whoever_tells_first(
     replica_id = ReplicaID(first, DEPLOYMENT)
     router.on_request_routed(asked, replica_id, None)
     if is_told_first:
-        outcomes.tell("r", Outcome.FAILED)
+        shared_outcomes().tell("r", Outcome.FAILED)
         router.on_request_completed(replica_id, "serve-r")
     else:
         router.on_request_completed(replica_id, "serve-r")
-        outcomes.tell("r", Outcome.FAILED)
+        shared_outcomes().tell("r", Outcome.FAILED)
     assert order(router, pending("next", version=None))[-1] == first
-    outcomes.tell("r", Outcome.ANSWERED)
+    shared_outcomes().tell("r", Outcome.ANSWERED)
     assert order(router, pending("later", version=None))[-1] != first
-    outcomes.forget("r")
+    shared_outcomes().forget("r")
 
 
 def test_a_failed_request_that_is_sent_again_goes_elsewhere(router: AdapterRouter) -> None:
     asked = pending("again")
     first = order(router, asked)[0]
     router.on_request_routed(asked, ReplicaID(first, DEPLOYMENT), None)
-    outcomes.tell("again", Outcome.FAILED)
+    shared_outcomes().tell("again", Outcome.FAILED)
     assert order(router, pending("again-again"))[-1] == first
-    outcomes.forget("again")
+    shared_outcomes().forget("again")
+
+
+def test_serve_can_send_the_router_to_its_controller() -> None:
+    """It pickles the class with every object its module names: none may hold a lock."""
+    config = RequestRouterConfig(request_router_class="deployments.router.AdapterRouter")
+    assert config.get_request_router_class().__name__ == "AdapterRouter"
 
 
 def test_previews_come_from_the_replica_they_are_of(router: AdapterRouter) -> None:
