@@ -22,6 +22,7 @@ from cluster.planner import PlacementPlanner, Reservation
 from cluster.promotion import Promotion
 from cluster.registry_word import RegistryWord
 from cluster.serving import Flip, ServingVersions
+from cluster.shrinking import Shrinking
 from cluster.state import AliasMove, ClusterState
 from cluster.table import (
     DemandSample,
@@ -36,11 +37,6 @@ from cluster.ticks import TickInputs, TickResult, make_plan
 from cluster.version_health import VersionHealth
 from storage.errors import FailedVersion
 from storage.identity import AdapterVersion
-
-SHRINK_LEASE_S = 10.0
-"""How long second copies are kept after the last word that a replica may have to go."""
-SHRINK_WAIT_S = 120.0
-"""After so long a replica may go though second copies are missing, as where disks are too small for them."""
 
 
 class PlacementManager:
@@ -60,7 +56,6 @@ class PlacementManager:
         first_epoch: int,
         clock: Callable[[], float],
     ) -> None:
-        self._settings = settings
         self._clock = clock
         silence_s = settings.heartbeat_s * settings.missed_heartbeats
         self._beginning: Beginning | None = Beginning(clock() + silence_s)
@@ -78,8 +73,7 @@ class PlacementManager:
 
         self._demand: list[Mapping[AdapterVersion, DemandSample]] = []
         self._inherited: list[tuple[Flip, float]] = []
-        self._shrinks_since_s = self._shrinks_until_s = clock()
-        self._near: Mapping[str, tuple[AdapterVersion, ...]] | None = None
+        self._shrinking = Shrinking(settings.tick_s, clock)
         self.wants_tick = False
         """Something happened that the plan should follow at once."""
 
@@ -119,7 +113,7 @@ class PlacementManager:
         """
         gone = self._replicas.leave(replica_ids)
         if gone:
-            self._shrinks_since_s = self._clock()
+            self._shrinking.begin_again()
         self._bury(gone)
 
     def observe(self, demand: Mapping[AdapterVersion, DemandSample]) -> None:
@@ -152,10 +146,7 @@ class PlacementManager:
 
     def prepare_to_shrink(self) -> None:
         """A replica may have to go: for some seconds from now, have a second copy of all that has holders made."""
-        now_s = self._clock()
-        if now_s >= self._shrinks_until_s:
-            self._shrinks_since_s, self.wants_tick = now_s, True
-        self._shrinks_until_s = now_s + max(SHRINK_LEASE_S, 3 * self._settings.tick_s)
+        self.wants_tick |= self._shrinking.want()
 
     # What the world may ask.
 
@@ -164,10 +155,7 @@ class PlacementManager:
         """Since it was asked for, everything that has holders was seen on two replicas, whatever tier it is on, or
         could not be brought there in `SHRINK_WAIT_S`.
         """
-        now_s = self._clock()
-        if now_s >= self._shrinks_until_s or len(self._replicas) < 2:
-            return False
-        return self._near == {} or now_s - self._shrinks_since_s >= SHRINK_WAIT_S
+        return len(self._replicas) > 1 and self._shrinking.is_ready
 
     def suspects(self) -> tuple[FailedVersion, ...]:
         """Versions that replicas called corrupt and that nobody has read again since: quarantine or `acquit` them."""
@@ -253,7 +241,6 @@ class PlacementManager:
         self.wants_tick = False
         self._serving.forget_retired(self._replicas.residents.__contains__)
         self._follow()
-        is_shrinking = self._clock() < self._shrinks_until_s
         inputs = TickInputs(
             spaces=tuple(
                 ReplicaSpace(
@@ -266,7 +253,7 @@ class PlacementManager:
             reserved=tuple(self._reserved()),
             demand=tuple(self._demand),
             inherited=tuple(self._inherited),
-            kept=self._replicas.kept() if is_shrinking else None,
+            kept=self._replicas.kept() if self._shrinking.is_wanted else None,
             bad=self._bad,
         )
         self._demand, self._inherited = [], []
@@ -278,7 +265,8 @@ class PlacementManager:
 
     def end_tick(self, result: TickResult) -> None:
         """Put a plan in force."""
-        self._plan, self._near = result.placement, result.near
+        self._plan = result.placement
+        self._shrinking.set_missing(result.near)
         self._follow()
         self._publish()
 
@@ -381,5 +369,5 @@ class PlacementManager:
             kept=self._pinned(),
             bad=self._bad,
             retired=self._serving.retired,
-            near=(self._near or {}).get(replica_id, ()),
+            near=self._shrinking.missing_at(replica_id),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.manager import SHRINK_WAIT_S
+from cluster.shrinking import SHRINK_WAIT_S
 from cluster.table import AdapterFacts, ReaderReport, ReplicaLoad
 from tests.cluster.manager_world import KEY, Cluster, facts, refused, report, version
 
