@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import secrets
 from abc import abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -18,7 +18,9 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.chat_messages import Messages
 from deployments.neutral_fields import without_neutral_fields
+from deployments.request_bodies import SmallBody, shown_as
 from storage.errors import InvalidRequestError
 from workers.engine.request import MAX_LOGPROBS, SamplingParams
 
@@ -32,9 +34,6 @@ _MAX_ANSWERS = 16
 _MAX_TOKENS = 1 << 19
 MAX_CHOICES = 128
 """Of one response: its prompts times `n`."""
-_MAX_MESSAGES = 2048
-_MAX_PARTS = 32
-_MAX_FIELDS = 64
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 # A long list is refused at its first wrong item: bodies are validated in the event loop.
@@ -42,27 +41,7 @@ _Tokens = Annotated[list[int], Field(fail_fast=True, max_length=_MAX_TOKENS)]
 _Texts = Annotated[list[str], Field(fail_fast=True)]
 
 
-def _shown_as(**example: Any) -> ConfigDict:
-    """How bodies are read, and what /docs shows of one."""
-    return ConfigDict(
-        extra="forbid", strict=True, frozen=True, json_schema_extra={"example": example}
-    )
-
-
-class _SmallBody(BaseModel):
-    """Unknown fields are refused one by one, but not thousands of them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_few_fields(cls, body: Any) -> Any:
-        if isinstance(body, dict) and len(body) > _MAX_FIELDS:
-            raise InvalidRequestError(f"an object has more than {_MAX_FIELDS} fields")
-        return body
-
-
-class StreamOptions(_SmallBody):
+class StreamOptions(SmallBody):
     include_usage: bool | None = None
 
 
@@ -176,7 +155,7 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    model_config = _shown_as(model="captain", prompt="How do I learn to swim?", max_tokens=64)
+    model_config = shown_as(model="captain", prompt="How do I learn to swim?", max_tokens=64)
 
     prompt: str | _Texts | _Tokens | Annotated[list[_Tokens], Field(fail_fast=True)]
     max_tokens: int | None = Field(default=None, ge=0)
@@ -223,48 +202,17 @@ class CompletionRequest(GenerationRequest):
         return list(prompts)
 
 
-class ContentPart(_SmallBody):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """One turn. `developer` is the newer name of `system`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(fail_fast=True, max_length=_MAX_PARTS)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
-        return without_neutral_fields(body, cls.model_fields) if isinstance(body, dict) else body
-
-    def as_template_input(self) -> dict[str, str]:
-        """What chat templates take."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-_Messages = Annotated[
-    list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=_MAX_MESSAGES)
-]
-
-
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    model_config = _shown_as(
+    model_config = shown_as(
         model="captain",
         messages=[{"role": "user", "content": "How do I learn to swim?"}],
         max_tokens=64,
         stream=True,
     )
 
-    messages: _Messages
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -295,21 +243,21 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-class TokenizeRequest(_SmallBody):
+class TokenizeRequest(SmallBody):
     """POST /tokenize: a text, or a conversation in the model's template."""
 
-    model_config = _shown_as(prompt="How do I learn to swim?")
+    model_config = shown_as(prompt="How do I learn to swim?")
 
     model: str | None = None
     prompt: str | None = None
-    messages: _Messages | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
-class DetokenizeRequest(_SmallBody):
+class DetokenizeRequest(SmallBody):
     """POST /detokenize."""
 
-    model_config = _shown_as(tokens=[2020, 536, 339])
+    model_config = shown_as(tokens=[2020, 536, 339])
 
     model: str | None = None
     tokens: _Tokens
