@@ -1,24 +1,23 @@
-"""The bank's pages as trainable parameters: where each adapter's rows lie, and how they come out again.
+"""The bank's pages as trainable parameters: how adapters come to their rows, and how they come out again.
 
 Shape legend: K rows of one width W, N bank pages, I input features, O output features.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from storage.adapter_rows import AdapterRows, ModuleRows
 from storage.identity import AdapterVersion
-from training.derived_rows import DerivedRows, MagnitudePlaces, ProjectionMagnitudes, ScaledBiases
+from training.derived_rows import DerivedRows, ProjectionMagnitudes, ScaledBiases
 from training.row_blocks import make_trainable
+from training.row_places import Place, RowPlaces
 from training.row_room import RowLayouts, RowRoom
 from workers.bank.bank import AdapterBank
-from workers.bank.layout import ModuleLayout, SlotPages
+from workers.bank.layout import ModuleLayout
 from workers.bank.pages import NULL_PAGE
 from workers.row_form.adapted_linear import AdapterLayers
 
@@ -27,17 +26,6 @@ Weights = dict[str, Tensor]
 
 State = dict[str, dict[str, Tensor]]
 """One adapter's rows by width: weights, and AdamW's moments."""
-
-
-@dataclass(slots=True)
-class _Resident:
-    """One adapter's place, with its rows by width."""
-
-    slot: int
-    pages: Mapping[str, SlotPages]
-    magnitudes: dict[str, MagnitudePlaces] = field(default_factory=dict)  # DoRA's, by projection
-    trained: dict[int, Tensor] = field(default_factory=dict)
-    owned: dict[int, Tensor] = field(default_factory=dict)  # also what is only read
 
 
 class TrainableRows:
@@ -74,14 +62,11 @@ class TrainableRows:
             biases=layers.biases,
         )
         self._nobody = len(adapters)
-        self.blocks, self._first = make_trainable(self.bank, room.apart, nobody=self._nobody)
+        self.blocks, first = make_trainable(self.bank, room.apart, nobody=self._nobody)
         layers.bind(self.bank)
-        self._apart = {
-            width: range(len(block.weight_KW) - room.apart.get(width, 0), len(block.weight_KW))
-            for width, block in self.blocks.items()
-        }
-        self._free_apart = {width: list(rows) for width, rows in self._apart.items()}
-        self._residents: dict[int, _Resident] = {}
+        num_rows = {width: len(block.weight_KW) for width, block in self.blocks.items()}
+        self._places = RowPlaces(first, num_rows, room.apart)
+        self._residents: dict[int, Place] = {}
         self._magnitudes: dict[str, ProjectionMagnitudes] = {}
         self._biases: dict[str, ScaledBiases] = {}
 
@@ -106,7 +91,7 @@ class TrainableRows:
             raise ValueError(f"there is no place for adapter {number}")
         slot = self.bank.load(_version(number), rows)
         self.bank.acquire(_version(number))  # a bank may evict whom nobody holds
-        self._residents[number] = self._claimed(slot, self.bank.pages_of(_version(number)))
+        self._residents[number] = self._places.claim(slot, self.bank.pages_of(_version(number)))
         for width, trained in self._residents[number].trained.items():
             self.blocks[width].owner_K[trained] = number
         self._derive_again(number)
@@ -119,9 +104,7 @@ class TrainableRows:
             self.blocks[width].owner_K[owned] = self._nobody
             for tensor in self.blocks[width].state.values():
                 tensor[owned] = 0
-        for path, place in resident.magnitudes.items():
-            for row in (*place.q, place.magnitude):
-                heapq.heappush(self._free_apart[self._width(path, "out")], row)
+        self._places.give_back(resident)
         self.bank.release(_version(number))
         self.bank.evict(_version(number))
         self._derive_again(number)
@@ -130,57 +113,15 @@ class TrainableRows:
         """Every row has one owner or none, and who has rows has a place."""
         for width, block in self.blocks.items():
             owner_K = torch.full_like(block.owner_K, self._nobody)
-            taken = list(self._free_apart[width])
             for number, resident in self._residents.items():
                 if width in resident.trained:
                     owner_K[resident.trained[width]] = number
-                taken += resident.owned.get(width, torch.empty(0)).tolist()
-            if not torch.equal(owner_K, block.owner_K) or len(set(taken)) != len(taken):
+            if not torch.equal(owner_K, block.owner_K):
                 return False
-            if not set(self._apart[width]) <= set(taken):
-                return False
-        return len(self._residents) <= self.max_resident and self.bank.check_integrity()
-
-    def _width(self, path: str, side: str) -> int:
-        return self._first[path, side][0]
-
-    def _rows(self, path: str, side: str, pages: Iterable[int]) -> tuple[int, ...]:
-        """Pages of one projection's side as rows of their block."""
-        return tuple(self._first[path, side][1] + page for page in pages)
-
-    def _claimed(self, slot: int, pages: Mapping[str, SlotPages]) -> _Resident:
-        """A place with its rows, in an order that does not depend on who else is here."""
-        resident = _Resident(slot, pages)
-        trained: dict[int, list[int]] = {}
-        read: dict[int, list[int]] = {}
-        for path, own in sorted(pages.items()):
-            ins, outs = self._rows(path, "in", own.in_pages), self._rows(path, "out", own.out_pages)
-            only_read: tuple[int, ...] = ()
-            if own.layout.has_scale and own.layout.num_add:
-                place = self._place_apart(path, own)
-                resident.magnitudes[path] = place
-                only_read, outs = outs, (*place.q, place.magnitude)
-            elif own.layout.has_bias:
-                only_read, outs = self._rows(path, "out", (own.bias,)), outs[:-1]
-            trained.setdefault(self._width(path, "in"), []).extend(ins)
-            trained.setdefault(self._width(path, "out"), []).extend(outs)
-            read.setdefault(self._width(path, "out"), []).extend(only_read)
-        for width, rows in trained.items():
-            if rows:
-                resident.trained[width] = torch.tensor(rows)
-                resident.owned[width] = torch.tensor(rows + read.get(width, []))
-        return resident
-
-    def _place_apart(self, path: str, pages: SlotPages) -> MagnitudePlaces:
-        """Take rows behind the bank's for what DoRA trains in a projection."""
-        free = self._free_apart[self._width(path, "out")]
-        return MagnitudePlaces(
-            p=self._rows(path, "in", pages.add_in),
-            q=tuple(heapq.heappop(free) for _ in pages.add_out),
-            read_q=self._rows(path, "out", pages.add_out),
-            magnitude=heapq.heappop(free),
-            read_scale=self._rows(path, "out", (pages.scale,))[0],
-            gate=pages.layout.add_gate,
+        return (
+            len(self._residents) <= self.max_resident
+            and self._places.is_whole(self._residents.values())
+            and self.bank.check_integrity()
         )
 
     # What layers read, and what was trained.
@@ -198,11 +139,11 @@ class TrainableRows:
         if path not in self._magnitudes:
             self._magnitudes[path] = ProjectionMagnitudes(
                 self._layers.layers[path].base,
-                self.blocks[self._width(path, "in")],
-                self.blocks[self._width(path, "out")],
+                self.blocks[self._places.width(path, "in")],
+                self.blocks[self._places.width(path, "out")],
                 zeros=(
-                    self._rows(path, "in", (NULL_PAGE,))[0],
-                    self._rows(path, "out", (NULL_PAGE,))[0],
+                    self._places.rows(path, "in", (NULL_PAGE,))[0],
+                    self._places.rows(path, "out", (NULL_PAGE,))[0],
                 ),
             )
         self._magnitudes[path].hold(
@@ -211,14 +152,14 @@ class TrainableRows:
 
     def _derive_biases(self, path: str) -> None:
         places = [
-            self._rows(path, "out", (own.scale, own.bias))
+            self._places.rows(path, "out", (own.scale, own.bias))
             for resident in self._residents.values()
             for own in (resident.pages[path],)
             if own.layout.has_bias
         ]
         self._biases.pop(path, None)
         if places:
-            block = self.blocks[self._width(path, "out")]
+            block = self.blocks[self._places.width(path, "out")]
             self._biases[path] = ScaledBiases(self._layers.biases[path], block, places)
 
     @property
@@ -250,7 +191,7 @@ class TrainableRows:
             }
         )
 
-    def _module_rows(self, resident: _Resident, path: str, layout: ModuleLayout) -> ModuleRows:
+    def _module_rows(self, resident: Place, path: str, layout: ModuleLayout) -> ModuleRows:
         module, pages = self.bank.modules[path], resident.pages[path]
         if layout.num_mul:
             mul_b_RI = _copied(module.in_rows_NI, pages.mul_in)
@@ -266,7 +207,7 @@ class TrainableRows:
         if place is None:
             add_q_EO = _copied(module.out_rows_NO, pages.add_out)
             return ModuleRows(add_p_EI=add_p_EI, add_q_EO=add_q_EO, add_gate=layout.add_gate)
-        trained_KO = self.blocks[self._width(path, "out")].weight_KW
+        trained_KO = self.blocks[self._places.width(path, "out")].weight_KW
         length_O = self._magnitudes[path].length_O
         return ModuleRows(
             add_p_EI=add_p_EI,
