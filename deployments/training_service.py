@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from deployments.multipart import PartStart
 from deployments.upload import Form, Uploads
 from storage.errors import FloraError, InvalidRequestError
+from storage.figures import Figures
 from storage.object_store import ObjectStore
 from training.config import TrainingSettings
 from training.event_history import EventHistory
@@ -18,6 +19,7 @@ from training.events import TrainingEvent
 from training.service.desk import Desk
 from training.service.files import UploadedFiles
 from training.service.job import FineTuningJob
+from training.service.job_figures import JobFigures
 from training.service.lease import Lease
 from training.service.records import JobRecords, desk_folder
 
@@ -60,6 +62,7 @@ class TrainingService:
         self.uploads = Uploads(settings.max_file_bytes, form=FILE_FORM)
         self._make_desk = make_desk
         self._lease = Lease(store, f"{desk_folder(base_id)}lease.json", uuid.uuid4().hex, time.time)
+        self._figures = JobFigures()  # until there is a desk
         self._news = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="training-desk", daemon=True)
@@ -69,6 +72,10 @@ class TrainingService:
         if job.batch is None:
             return iter(())
         return self._history.back(job.batch, job.name, until_us)
+
+    def figures(self) -> Figures:
+        """Of the jobs this process sees to; all zero while another does."""
+        return self._figures.read()
 
     def follow(self) -> None:
         """Work at the desk whenever nobody else does, for the rest of the process or until `stop`."""
@@ -89,8 +96,11 @@ class TrainingService:
         while not self._stopped.is_set():
             pause_s = _IDLE_S
             try:
-                if self._lease.is_held():
+                if not self._lease.is_held():
+                    self._figures.leave()
+                else:
                     desk = desk or self._make_desk()
+                    self._figures = desk.figures
                     pause_s = _BUSY_S if desk.tick() else _IDLE_S
                 trouble = ""
             except FloraError as error:

@@ -28,6 +28,8 @@ from storage.figures import FigureKey, Figures, Histogram
 
 Value = TypeVar("Value")
 
+_NONE = Figures()
+
 
 @dataclass(frozen=True, slots=True)
 class Exposition:
@@ -54,16 +56,19 @@ class Metrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self._shown)
 
-    def expose(self, state: ClusterState | None, accept: str = "") -> Exposition:
+    def expose(
+        self, state: ClusterState | None, accept: str = "", training: Figures = _NONE
+    ) -> Exposition:
         """The exposition in the format that an `Accept` header prefers.
 
         Args:
             state: None while the placement manager does not answer: counts stay as they were, gauges that only it
                 knows are not shown, and `flora_placement_manager_up` is 0.
+            training: of the jobs that this ingress sees to.
         """
         encode, content_type = choose_encoder(accept)
         with self._lock:
-            self._shown.figures = self._figures(state)
+            self._shown.figures = self._figures(state).merged(training)
             return Exposition(content_type, encode(self._registry))
 
     def _figures(self, state: ClusterState | None) -> Figures:

@@ -158,4 +158,23 @@ REPLICAS_APART = (
 )
 """Of each live replica; its figures have all these labels but the first."""
 
-FAMILIES = (*INGRESS, *CLUSTER, *REPLICAS_TOGETHER, *REPLICAS_APART)
+TRAINING = (
+    Family(
+        "flora_training_jobs",
+        "gauge",
+        "Fine-tuning jobs of the API that did not end: validating_files, queued, running.",
+        ("status",),
+    ),
+    Family(
+        "flora_training_jobs_ended_total",
+        "counter",
+        "Fine-tuning jobs that ended: succeeded (its adapter is published), failed, cancelled.",
+        ("status",),
+    ),
+    Family(
+        "flora_training_tokens_total", "counter", "Tokens that jobs which succeeded trained on."
+    ),
+)
+"""Told by the ingress that sees to jobs; the others tell 0, so their sum is right."""
+
+FAMILIES = (*INGRESS, *CLUSTER, *TRAINING, *REPLICAS_TOGETHER, *REPLICAS_APART)

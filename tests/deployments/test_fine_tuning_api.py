@@ -19,6 +19,7 @@ from storage.identity import AdapterName
 from storage.publishing import publish_adapter
 from storage.stores import open_store
 from tests.deployments.conftest import LocalServer, served
+from tests.deployments.metrics.scraping import scrape, value
 from tests.deployments.world import BASE_ID, World, settings_for
 
 LINES = "\n".join(json.dumps({"prompt": f"{n}", "completion": "yes"}) for n in range(8)).encode()
@@ -132,6 +133,27 @@ def test_two_jobs_share_a_batch_and_each_tells_its_own_story(
         jobs.cancel(two.id)
     cluster.finish(name)
     assert [job.id for job in jobs.list(limit=1)][:2] == [two.id, one.id]
+
+
+def test_whoever_scrapes_sees_jobs_run_and_end(
+    local_server: LocalServer, client: openai.OpenAI, file_id: str
+) -> None:
+    def seen() -> tuple[float, float, float]:
+        now = scrape(local_server.url)
+        return (
+            value(now, "flora_training_jobs", status="running"),
+            value(now, "flora_training_jobs_ended_total", status="succeeded"),
+            value(now, "flora_training_tokens_total"),
+        )
+
+    job = create(client, file_id, "scraped")
+    name = batch(client, job.id)
+    _, ended, tokens = seen()
+    local_server.cluster.begin(name)
+    until(lambda: seen() == (1, ended, tokens))
+    local_server.cluster.train(name, "scraped")
+    local_server.cluster.finish(name)
+    until(lambda: seen() == (0, ended + 1, tokens + 20))
 
 
 def test_a_broken_file_fails_the_job_and_names_the_line(client: openai.OpenAI) -> None:

@@ -22,6 +22,7 @@ from training.service.batching import due_batches
 from training.service.files import UploadedFiles
 from training.service.job import Fault, FineTuningJob, FineTuningStatus, new_batch_id
 from training.service.job_data import BadFileError, JobData
+from training.service.job_figures import JobFigures
 from training.service.records import JobRecords
 
 _LOOKING_S = 2.0
@@ -59,6 +60,7 @@ class Desk:
         self._settings = settings
         self._clock = clock
         self._tidied_s = -math.inf
+        self.figures = JobFigures()
 
     def tick(self) -> bool:
         """Do all that can be done now. False when there is no job to see to."""
@@ -66,6 +68,7 @@ class Desk:
             self._records.forget_lost_marks(self._base_id, self._clock())
             self._tidied_s = self._clock()
         jobs = self._records.open(self._base_id)
+        self.figures.see(jobs)
         known = self._batches.see_to(jobs)
         for job in jobs:
             if job.batch is None and job.status.is_final:
