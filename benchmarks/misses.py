@@ -40,9 +40,9 @@ MISSES: Mapping[tuple[str, str], str] = {
         "ours beside Ray's rule, uniform, mixed ranks, 0.55: excess imbalance, part",
     ): _EVEN_RIVAL,
     ("quality_languages", "FLoRA r1's gain over the base / LoRA r4's"): (
-        "A quarter of LoRA r4's parameters, in 100 steps; FLoRA r4, with as many, gains 1.05 times what it gains. 0.06, "
-        "the highest rate that was tried, was the best for rank 1, as 0.006 was for LoRA. Next: higher rates for both, "
-        "more steps and more seeds."
+        "A quarter of LoRA r4's parameters, in 100 steps; FLoRA r4, with as many, gains 1.05 times what it gains. The "
+        "highest rate that was tried, 0.06, was the best for rank 1, as 0.006 was for LoRA. Next: higher rates for "
+        "both, more steps and more seeds."
     ),
     ("engine", "our engine, no adapters / vLLM, no adapters"): (
         "Equal within what runs differ by: 1.006 in the run before. Both read all weights once a step. Of our 31 ms, "
