@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import httpx
@@ -25,6 +26,7 @@ from deployments.model_list import ModelList
 from storage import errors
 from storage.errors import FloraError, OverloadedError, StoreUnavailableError, TooManyJobsError
 from tests.cluster.clocks import ManualClock
+from training.service.job_figures import JobFigures
 
 STATUS = {
     "InvalidRequestError": 400,
@@ -154,7 +156,11 @@ async def no_manager() -> ClusterState:
 def test_metrics_are_for_admins() -> None:
     user, admin = (new_key("acme", is_admin=is_admin, created_s=0.0) for is_admin in (False, True))
     keys = reading(KeyRing([user.key, admin.key]))
-    api = app_parts(doorkeeper=Doorkeeper(keys, allows_anonymous=False), cluster_state=no_manager)
+    api = app_parts(
+        doorkeeper=Doorkeeper(keys, allows_anonymous=False),
+        training=SimpleNamespace(figures=JobFigures().read),
+        cluster_state=no_manager,
+    )
     assert get(api, "/metrics").status_code == 401
     answers = {
         key.key.is_admin: get(api, "/metrics", authorization=f"Bearer {key.token}")

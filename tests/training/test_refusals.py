@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
-import ray
 import yaml
 
+from training import ray_train
 from training.job import EXIT_WRONG_INPUT, main
 
 GOOD = {"prompt": "the quick fox", "completion": " jumps over"}
@@ -44,8 +44,13 @@ def broken_line_37(folder: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A job that asked for Ray would find none at this address and fail another way."""
+def no_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A job that got as far as its workers would fail another way, also where a Ray is up already."""
+
+    def begin(*_: Any) -> NoReturn:
+        raise AssertionError("workers would have been started")
+
+    monkeypatch.setattr(ray_train, "drive", begin)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("FLORA_STORAGE__REGISTRY", str(tmp_path / "registry"))
     monkeypatch.setenv("FLORA_TRAINING__STORAGE_PATH", str(tmp_path / "jobs"))
@@ -96,7 +101,6 @@ def assert_refused(arguments: list[str], says: str, caplog: pytest.LogCaptureFix
     with caplog.at_level(logging.INFO):
         assert main(arguments) == EXIT_WRONG_INPUT
     assert re.search(says, caplog.text)
-    assert not ray.is_initialized()
 
 
 def test_an_unknown_base_is_refused(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
