@@ -3,7 +3,7 @@
 Through the trainer that jobs use, without Ray: forward, backward, clipping and AdamW of every adapter. An adapter's
 batch is one sequence of random tokens, all of them learnt. A round is one optimizer step of every adapter on each
 side; of the adapters that train one after another a few are timed and stand for all, which are alike. All of it is
-meant to take about 20 minutes on two quiet cores; `--quick` measures the sizes that have bars.
+meant to take about 20 minutes on two quiet cores and 17 GB of memory; `--quick` measures the sizes that have bars.
 
     python -m benchmarks.training --base ~/.flora/bases/smollm2-135m-instruct
 """
@@ -272,6 +272,13 @@ def _never(*_: Any) -> NoReturn:
     raise RuntimeError("a benchmark publishes nothing")
 
 
+def _sizes(kind: str, is_quick: bool) -> Sizes:
+    if is_quick:
+        return QUICK
+    # float32 is bound by arithmetic: more adapters tell no more.
+    return Sizes(adapters=(1, 8)) if kind == "float32" else Sizes()
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         print(json.dumps(_peak(*sys.argv[2:])))
@@ -282,15 +289,13 @@ def main() -> None:
     )
     parser.add_argument("--dtype", choices=_DTYPES, nargs="*", default=[*_DTYPES])
     arguments = parse(parser, kept_memory())
+    sizes = {name: _sizes(name, arguments.quick) for name in arguments.dtype}
+    # First, while this process has kept no memory of steps of its own.
+    peaks = [row for name in sizes for row in peak_rows(arguments.base, sizes[name], name)]
     rows: list[Row] = []
-    for name in arguments.dtype:
-        sizes = QUICK if arguments.quick else Sizes()
-        if (
-            name == "float32" and not arguments.quick
-        ):  # arithmetic bound: more adapters tell no more
-            sizes = Sizes(adapters=(1, 8))
-        rows += measure(arguments.base, arguments.rounds, sizes=sizes, dtype=_DTYPES[name])
-        rows += peak_rows(arguments.base, sizes, name)
+    for name in sizes:
+        rows += measure(arguments.base, arguments.rounds, sizes=sizes[name], dtype=_DTYPES[name])
+    rows += peaks
     print_rows(rows)
     path = write_result(
         "training",
