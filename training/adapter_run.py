@@ -20,6 +20,7 @@ class RunStatus(StrEnum):
     TRAINING = "training"
     FINISHED = "finished"  # its rows are frozen, not published yet
     PUBLISHED = "published"
+    BROKEN = "broken"  # told as failed; its sequences stay in the steps until its last one
     FAILED = "failed"
 
 
@@ -63,6 +64,10 @@ class AdapterRun:
     @property
     def is_training(self) -> bool:
         return self.status is RunStatus.TRAINING
+
+    @property
+    def is_in_steps(self) -> bool:
+        return self.status in (RunStatus.TRAINING, RunStatus.BROKEN)
 
     @property
     def is_over(self) -> bool:

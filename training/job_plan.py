@@ -43,7 +43,9 @@ class JobPlan:
     def digest(self) -> str:
         """Of everything that decides what the adapters become: tokens, settings, base. Not of where files lie."""
         hashed = hashlib.sha256(
-            canonical_json([self.base.digest, self.spec.dtype, self.spec.tenant])
+            canonical_json(
+                [self.base.digest, self.spec.dtype, self.spec.tenant, self.spec.deterministic]
+            )
         )
         for adapter in self.spec.adapters:
             settings = adapter.model_dump(

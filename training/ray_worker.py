@@ -71,6 +71,9 @@ def train_share(config: Mapping[str, Any]) -> None:
     task: WorkerTask = config["task"]
     cores = len(os.sched_getaffinity(0)) // ray.train.get_context().get_local_world_size()
     torch.set_num_threads(task.training.threads or max(1, cores))
+    if task.plan.spec.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it on a GPU
+        torch.use_deterministic_algorithms(True)
     peers = RayPeers()
     store = open_store(task.storage)
     job = JobStore(store, task.job_id)
@@ -105,6 +108,7 @@ def _trainers(task: WorkerTask, publish: Publish, tell: EventSink) -> Build:
             on_event=tell,
             max_resident=limits.max_resident if limits else None,
             max_step_tokens=limits.max_step_tokens if limits else task.training.max_step_tokens,
+            is_deterministic=plan.spec.deterministic,
         )
 
     return build

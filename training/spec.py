@@ -234,6 +234,11 @@ class TrainingSpec(BaseModel):
     )
     seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_every_steps: int = Field(default=50, ge=1)
+    deterministic: bool = Field(
+        default=False,
+        description="An adapter whose loss or gradient breaks fails at once, but its sequences stay in the steps until "
+        "its last: the others become what they would beside it healthy, to the bit. Sums on a GPU have a fixed order.",
+    )
     adapters: tuple[AdapterSpec, ...] = Field(min_length=1)
 
     @field_validator("tenant")

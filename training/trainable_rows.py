@@ -99,15 +99,25 @@ class TrainableRows:
     @torch.no_grad()
     def release(self, number: int) -> None:
         """Free an adapter's place. Its rows become zeros, whatever they held."""
+        self._zero(number)
         resident = self._residents.pop(number)
         for width, owned in resident.owned.items():
             self.blocks[width].owner_K[owned] = self._nobody
-            for tensor in self.blocks[width].state.values():
-                tensor[owned] = 0
         self._places.give_back(resident)
         self.bank.release(_version(number))
         self.bank.evict(_version(number))
         self._derive_again(number)
+
+    @torch.no_grad()
+    def clear(self, number: int) -> None:
+        """Rows and moments of zero, whatever they held, for an adapter that keeps its place."""
+        self._zero(number)
+        self.refresh()
+
+    def _zero(self, number: int) -> None:
+        for width, owned in self._residents[number].owned.items():
+            for tensor in self.blocks[width].state.values():
+                tensor[owned] = 0
 
     def check_integrity(self) -> bool:
         """Every row has one owner or none, and who has rows has a place."""

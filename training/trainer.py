@@ -56,6 +56,8 @@ class MultiAdapterTrainer:
         on_event: told everything that happens, in order, from within `start` and `step`.
         max_resident: adapters that train at a time; all of them if None.
         max_step_tokens: longest forward; a step with more tokens runs in several, with the same gradient.
+        is_deterministic: who breaks keeps its place and its sequences, with rows of zero, until its last step, so that
+            no batch of the others is another one.
         clock: seconds, for speeds only.
 
     Raises:
@@ -71,12 +73,14 @@ class MultiAdapterTrainer:
         on_event: EventSink,
         max_resident: int | None = None,
         max_step_tokens: int = 8192,
+        is_deterministic: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runs = tuple(runs)
         self._base = base
         self._publish = publish
         self._on_event = on_event
+        self._is_deterministic = is_deterministic
         self._clock = clock
         self._dtype = torch.promote_types(base.dtype, torch.float32)
         self._projections = base.layers.projections
@@ -120,12 +124,39 @@ class MultiAdapterTrainer:
     def step(self) -> None:
         """One optimizer step of every adapter that has a place; nothing when none is left to train."""
         self.start()
-        training = [number for number, run in enumerate(self.runs) if run.is_training]
-        if not training:
-            return
+        present = [number for number, run in enumerate(self.runs) if run.is_in_steps]
+        batch = {number: self._owned(number, self.runs[number].draw()) for number in present}
+        if any(self.runs[number].is_training for number in present):
+            self._learn(batch)
+        for number in present:
+            if self.runs[number].status is RunStatus.BROKEN:
+                self.runs[number].step += 1
+        self._evaluate([number for number in present if self.runs[number].is_in_steps])
+        for number in present:
+            run = self.runs[number]
+            if run.is_in_steps and run.step >= run.num_steps:
+                if run.is_training:
+                    self._finish(number, "all steps done")
+                else:
+                    self._leave(number)
+
+    def run(self) -> None:
+        """All steps of all adapters."""
+        while not self.is_done:
+            self.step()
+
+    def stop(self, adapter: str, reason: str) -> None:
+        """End one adapter unpublished; nothing when it is over already, or none of these."""
+        for number, run in enumerate(self.runs):
+            if run.name == adapter and run.status is RunStatus.BROKEN:
+                self._leave(number)
+            elif run.name == adapter and not run.is_over:
+                self._fail(number, reason)
+
+    def _learn(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> None:
+        """One forward and backward of a batch, and one update of those in it that are well."""
         began = self._clock()
         rates = [run.learning_rate if run.is_training else 0.0 for run in self.runs]
-        batch = {number: self._owned(number, self.runs[number].draw()) for number in training}
         self._optimizer.zero_gradients()
         loss_S = self._loss.backward(batch)
         self.rows.pull_gradients()
@@ -135,15 +166,17 @@ class MultiAdapterTrainer:
         self.rows.refresh()
         losses, norms, healthy = loss_S.tolist(), norm_S.tolist(), healthy_S.tolist()
         seconds = max(self._clock() - began, 1e-9)
-        for number in training:
+        for number, owned in batch.items():
             run = self.runs[number]
+            if not run.is_training:
+                continue
             if not healthy[number]:
                 what = "loss" if not math.isfinite(losses[number]) else "gradient"
-                self._fail(number, f"the {what} of step {run.step + 1} is not finite")
+                self._break(number, f"the {what} of step {run.step + 1} is not finite")
                 continue
             run.step += 1
             run.loss = losses[number]
-            tokens = sum(one.num_inputs for one in batch[number])
+            tokens = sum(one.num_inputs for one in owned)
             self._on_event(
                 AdapterStep(
                     adapter=run.name,
@@ -156,24 +189,6 @@ class MultiAdapterTrainer:
                     tokens=tokens,
                 )
             )
-        self._evaluate([n for n in training if self.runs[n].is_training])
-        for number in training:
-            if (
-                self.runs[number].is_training
-                and self.runs[number].step >= self.runs[number].num_steps
-            ):
-                self._finish(number, "all steps done")
-
-    def run(self) -> None:
-        """All steps of all adapters."""
-        while not self.is_done:
-            self.step()
-
-    def stop(self, adapter: str, reason: str) -> None:
-        """End one adapter unpublished; nothing when it is over already, or none of these."""
-        for number, run in enumerate(self.runs):
-            if run.name == adapter and not run.is_over:
-                self._fail(number, reason)
 
     # Checkpoints.
 
@@ -229,6 +244,8 @@ class MultiAdapterTrainer:
         kept = self._kept.pop(number, None)
         if kept is not None:
             self.rows.restore(number, kept)
+        if run.status is RunStatus.BROKEN:
+            return
         if run.status is RunStatus.WAITING:
             run.status = RunStatus.TRAINING
         self._on_event(
@@ -249,13 +266,15 @@ class MultiAdapterTrainer:
     def _evaluate(self, candidates: Sequence[int]) -> None:
         """Held-out loss of those whose turn it is, in mixed batches; stops those that no longer improve."""
         due = [n for n in candidates if self.runs[n].wants_evaluation]
-        if not due:
+        if not any(self.runs[n].is_training for n in due):
             return
         owned = {n: self._owned(n, self.runs[n].data.held_out) for n in due}
         sizes = {n: self.runs[n].spec.batch_size for n in due}
         losses = self._loss.held_out(owned, sizes).tolist()
         for number in due:
             run = self.runs[number]
+            if not run.is_training:
+                continue
             self._on_event(AdapterEvaluated(adapter=run.name, step=run.step, loss=losses[number]))
             is_time_to_stop = run.note_held_out(losses[number])
             if run.keeps_best and run.best_step == run.step:
@@ -286,11 +305,28 @@ class MultiAdapterTrainer:
         self.rows.release(number)
         self._on_event(AdapterPublished(adapter=run.name, version=version, alias=run.spec.alias))
 
-    def _fail(self, number: int, reason: str) -> None:
-        run = self.runs[number]
-        run.status, run.outcome = RunStatus.FAILED, reason
+    def _break(self, number: int, reason: str) -> None:
+        """Its numbers have failed. Where the others' batches must not change by it, it goes on without rows."""
+        if not self._is_deterministic:
+            self._fail(number, reason)
+            return
+        self.runs[number].status = RunStatus.BROKEN
         self._best.pop(number, None)
+        self.rows.clear(number)
+        self._tell_failed(number, reason)
+
+    def _fail(self, number: int, reason: str) -> None:
+        self._best.pop(number, None)
+        self._leave(number)
+        self._tell_failed(number, reason)
+
+    def _leave(self, number: int) -> None:
+        self.runs[number].status = RunStatus.FAILED
         self._kept.pop(number, None)
         if number in self.rows.residents:
             self.rows.release(number)
+
+    def _tell_failed(self, number: int, reason: str) -> None:
+        run = self.runs[number]
+        run.outcome = reason
         self._on_event(AdapterFailed(adapter=run.name, step=run.step, reason=reason))

@@ -83,6 +83,7 @@ base: {tiny_llama_dir}
 base_id: tiny
 dtype: float32
 checkpoint_every_steps: 4
+deterministic: true
 defaults: {{data: data.jsonl, batch_size: 2}}
 adapters:
   - {{name: short, rank: 1, steps: 3}}

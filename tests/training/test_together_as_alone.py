@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training.tiny_jobs import (
+    ANY_OTHER,
+    NOT_A_NUMBER,
     Recorder,
     adapter,
     largest_difference,
-    run_of,
-    tiny_model,
     trained,
+    trained_with_token,
     trainer,
 )
-from training.adapter_run import AdapterData, AdapterRun
 from training.events import AdapterFailed, AdapterPublished, AdapterStarted
-from training.frozen_base import FrozenBase
 from training.spec import AdapterSpec
-from training.tokens import TokenSequence
-from training.trainer import MultiAdapterTrainer
-from workers.models.loading import LoadedBase
 
 EIGHT = [
     adapter("one", rank=1, batch_size=2, weight_decay=0.05),
@@ -150,35 +145,6 @@ def test_one_that_breaks_while_it_learns_leaves_the_others_bits_and_its_place(fa
         assert largest_difference(found.published[spec.name], expected.published[spec.name]) == 0.0
 
 
-NOT_A_NUMBER, ANY_OTHER = 1, 5
-"""Tokens. No example has the first one by itself."""
-
-
-def job_with_token(specs: list[AdapterSpec], fed: str, token: int) -> Recorder:
-    """Over a base that has no number for one token; one example of the adapter `fed` begins with `token`."""
-    model = tiny_model()
-    with torch.no_grad():
-        model.get_input_embeddings().weight[NOT_A_NUMBER] = torch.inf
-
-    def run(spec: AdapterSpec) -> AdapterRun:
-        made = run_of(spec)
-        if spec.name != fed:
-            return made
-        *rest, last = made.data.training
-        changed = TokenSequence((token, *last.tokens[1:]), last.learnt)
-        return AdapterRun(spec, AdapterData((*rest, changed)), made.num_steps)
-
-    recorder = Recorder()
-    loaded = LoadedBase(model, digest="0" * 64, directory=Path("nowhere"))
-    MultiAdapterTrainer(
-        FrozenBase.adopt(loaded, max_tokens=64),
-        [run(spec) for spec in specs],
-        publish=recorder.publish,
-        on_event=recorder.events.append,
-    ).run()
-    return recorder
-
-
 @pytest.mark.parametrize("family", ["flora", "lora", "dora", "ia3"])
 def test_data_that_makes_one_not_a_number_stops_it_there_and_leaves_the_others_bits(
     family: str,
@@ -190,14 +156,14 @@ def test_data_that_makes_one_not_a_number_stops_it_there_and_leaves_the_others_b
         adapter("dora", family="dora", rank=2, learning_rate=5e-3, steps=9),
     ]
     fed = adapter("fed", family=family, rank=1 if family == "ia3" else 3, steps=9, batch_size=2)
-    found = job_with_token([healthy[0], fed, *healthy[1:]], "fed", NOT_A_NUMBER)
+    found = trained_with_token([healthy[0], fed, *healthy[1:]], "fed", NOT_A_NUMBER)
 
     (failure,) = found.of(AdapterFailed)
     assert failure.adapter == "fed" and failure.step > 0, "it learnt before"
     assert f"the loss of step {failure.step + 1} is not finite" in failure.reason
     assert all(math.isfinite(loss) for loss in found.losses("fed"))
     ends_there = fed.model_copy(update={"steps": failure.step + 1})
-    expected = job_with_token([healthy[0], ends_there, *healthy[1:]], "fed", ANY_OTHER)
+    expected = trained_with_token([healthy[0], ends_there, *healthy[1:]], "fed", ANY_OTHER)
     assert set(found.published) == {spec.name for spec in healthy}
     assert set(expected.published) == {"fed", *found.published}
     for spec in healthy:

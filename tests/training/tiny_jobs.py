@@ -23,6 +23,8 @@ from training.trainer import MultiAdapterTrainer
 from workers.models.loading import LoadedBase
 
 VOCABULARY = 64
+NOT_A_NUMBER, ANY_OTHER = 1, 5
+"""Tokens. No example has the first one by itself."""
 
 
 def tiny_model(dtype: torch.dtype = torch.float32, *, has_biases: bool = False) -> LlamaForCausalLM:
@@ -140,6 +142,42 @@ def trained(*specs: AdapterSpec, **options: Any) -> Recorder:
     """Train to the end."""
     recorder = Recorder()
     trainer(*specs, recorder=recorder, **options).run()
+    return recorder
+
+
+def trainer_with_token(
+    specs: Sequence[AdapterSpec], fed: str, token: int, recorder: Recorder, **options: Any
+) -> MultiAdapterTrainer:
+    """Over a base that has no number for one token; the last example of the adapter `fed` begins with `token`."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[NOT_A_NUMBER] = torch.inf
+
+    def run(spec: AdapterSpec) -> AdapterRun:
+        held_out = sequences(f"{spec.name} held out", 3) if spec.evaluation else ()
+        made = run_of(spec, held_out=held_out)
+        if spec.name != fed:
+            return made
+        *rest, last = made.data.training
+        changed = TokenSequence((token, *last.tokens[1:]), last.learnt)
+        return AdapterRun(spec, AdapterData((*rest, changed), held_out), made.num_steps)
+
+    loaded = LoadedBase(model, digest="0" * 64, directory=Path("nowhere"))
+    return MultiAdapterTrainer(
+        FrozenBase.adopt(loaded, max_tokens=64),
+        [run(spec) for spec in specs],
+        publish=recorder.publish,
+        on_event=recorder.events.append,
+        **options,
+    )
+
+
+def trained_with_token(
+    specs: Sequence[AdapterSpec], fed: str, token: int, **options: Any
+) -> Recorder:
+    """Train to the end what `trainer_with_token` makes."""
+    recorder = Recorder()
+    trainer_with_token(specs, fed, token, recorder, **options).run()
     return recorder
 
 
