@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.table import ReplicaLoad
 
-EVENNESS = 25.0
+EVENNESS = 100.0
 """A slot kept busy over the memory weighs so many slots busy now: what is busy now is mostly chance."""
 USUAL_LOAD_S = 0.1
 """Until a replica has loaded anything."""

@@ -20,16 +20,12 @@ from storage.identity import AdapterVersion
 MEMORY_S = 10.0
 """Half-life of the work of a replica, which holders share out evenly."""
 SAMPLED_HOLDERS = 4
-LOAD_DREAD = 1.5
-"""A load costs this times its seconds, for it also evicts something."""
-RANKING_DREAD = 0.3
-"""And this times its seconds more for each place down an adapter's own ranking: routers that cannot hear each other
-yet should choose the same replica for an adapter nobody has."""
-BALANCE_DREAD = 8.0
-"""And this times its seconds for a replica with the mean of the work assigned lately: whoever loads a cold adapter will
-serve it for a while, so cold ones even out what homes leave uneven."""
-RANKED_CANDIDATES = 8
-"""So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it."""
+LOAD_DREAD = 9.5
+"""A second copy of an adapter costs this times the seconds of its load, for it evicts another that will be missed."""
+RANKED_CANDIDATES = 16
+"""So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it; the least
+busy is. So cold adapters even out what homes leave uneven, and among idle replicas routers that cannot hear each other
+choose the same."""
 COMING_S = 1.5
 """A replica that was sent a cold adapter counts as having it, until the table must have heard."""
 TURN_SHARE = 0.02
@@ -76,7 +72,6 @@ class Routing:
         self._places: dict[AdapterVersion, _Places] = {}
         self._coming: dict[AdapterVersion, tuple[str, float]] = {}
         self._pressed: dict[AdapterVersion, int] = {}  # requests that found all busy in this view
-        self._mean_recent = 1.0
         self._turn_s = USUAL_TURN_S
         self._turn_work = 0.0  # of the requests that took so long; 0 before the first
         self._slots_per_work = 0.0
@@ -130,8 +125,6 @@ class Routing:
                 best = min(group, key=self._busy)
                 if self._is_free(best):
                     return [best]
-        if having and self._wait_s(best) <= LOAD_DREAD * self._load_s(best):
-            return [best]
         return self._cheapest(version, having, places, candidates)
 
     def choose(self, request_id: str, replica_id: str, work: float) -> None:
@@ -222,8 +215,6 @@ class Routing:
         self._coming = {v: sent for v, sent in self._coming.items() if now_s - sent[1] < COMING_S}
         self._places.clear()
         self._pressed.clear()
-        total = sum(known.recent for known in self._replicas.values())
-        self._mean_recent = total / max(1, len(self._replicas)) or 1.0
         self._table, self._noticed_s = table, now_s
 
     def _where(self, version: AdapterVersion) -> _Places:
@@ -258,19 +249,16 @@ class Routing:
         places: _Places,
         candidates: Collection[str],
     ) -> list[str]:
-        """The least cost of waiting and loading, among those who have it and some that might."""
+        """The least cost of waiting and loading, among those who have it and the least busy of some that might."""
+        costs = {r: self._wait_s(r) for r in having}
         window = RANKED_CANDIDATES + 2 * len(having)
         ranked = self._rankings.of(version, candidates)[:window]
         loading = [r for r in places.loading if r in candidates]
-        costs = {r: self._wait_s(r) for r in having}
         # One load serves all who found everybody full: a crowd spreads at once, a chance meeting waits.
         pressed = self._pressed[version] = self._pressed.get(version, 0) + 1
-        for place, replica_id in enumerate(dict.fromkeys((*loading, *ranked))):
-            if replica_id not in costs:
-                busier = self._replicas.get(replica_id, _NOBODY).recent / self._mean_recent
-                dread = LOAD_DREAD + RANKING_DREAD * place + BALANCE_DREAD * busier
-                load_s = self._load_s(replica_id) / pressed
-                costs[replica_id] = self._wait_s(replica_id) + dread * load_s
+        if cold := [r for r in (*loading, *ranked) if r not in costs]:
+            new = min(cold, key=self._busy)
+            costs[new] = self._wait_s(new) + LOAD_DREAD * self._load_s(new) / pressed
         if not costs:
             return []
         best = min(costs, key=costs.__getitem__)

@@ -53,10 +53,24 @@ def test_loaded_holders_come_first_then_residents_then_loading_holders_then_the_
     assert order == ["idle", "busy", "lucky", "loading", *preference(ONE, ["x", "y"])]
 
 
-def test_an_adapter_nobody_holds_goes_to_one_place_whoever_is_busy() -> None:
+def test_an_adapter_nobody_holds_goes_to_one_place_among_the_idle() -> None:
+    """So that routers that have not heard of each other's choice yet make the same."""
     candidates = ["a", "b", "c"]
-    table = PlacementTable(replicas=loads({"a": 100.0, "b": 0.0, "c": 50.0}))
+    table = PlacementTable(replicas={name: IDLE for name in candidates})
     assert Routing(ManualClock()).order(ONE, candidates, table) == preference(ONE, candidates)
+
+
+def test_an_adapter_nobody_holds_goes_where_least_has_been_done() -> None:
+    candidates = ["a", "b", "c"]
+    clock = ManualClock()
+    routing = Routing(clock)
+    table = PlacementTable(replicas={name: IDLE for name in candidates})
+    for number, replica_id in enumerate(["a", "c", "a", "b", "c"]):
+        routing.best(None, candidates, table)
+        routing.choose(str(number), replica_id, 1.0)
+        clock.advance(1.0)
+        routing.finish(str(number))
+    assert routing.order(ONE, candidates, table)[0] == "b"
 
 
 def test_the_base_model_goes_to_the_least_busy() -> None:
