@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 import uuid
@@ -132,6 +133,7 @@ def starts_of(events: Sequence[TrainingEvent], adapter: str) -> list[int]:
 
 
 COMMIT, WORKER_EVENTS = "commit.json", "events/worker-0"
+MOST_WRITES = 14
 
 
 class KillsOnce:
@@ -180,6 +182,28 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
     told = events_of(settings, "job-1")
     assert sorted(told, key=repr) == sorted(seen, key=repr), "each event was told once"
     assert isinstance(told[0], JobStarted) and isinstance(told[-1], JobFinished)
+
+
+def test_a_worker_may_be_killed_at_any_write(
+    ray_session: LocalCluster, s3_api: S3Server, settings: JobSettings, spec: TrainingSpec
+) -> None:
+    """A random one after its first events: states, commits, events, parts of what it publishes."""
+    writes = random.randrange(MOST_WRITES)
+
+    def kill_the_worker() -> None:
+        (worker,) = (e for e in events_of(settings, "job-2") if isinstance(e, WorkerStarted))
+        os.kill(worker.pid, signal.SIGKILL)
+
+    s3_api.before = killer = KillsOnce(kill_the_worker, WORKER_EVENTS, *[""] * (writes + 1))
+    result = run_training(spec, settings, lambda event: None, job_id="job-2")
+
+    assert killer.has_killed, writes
+    assert result.is_success, writes
+    expected = rows_without_ray(spec)
+    for name in ("short", "long"):
+        version, rows = published_rows(settings, name)
+        assert result.published[name] == version, writes
+        assert largest_difference(rows, expected[name]) == 0.0, writes
 
 
 def ended(backend: JobBackend, job_id: str) -> JobInfo:
