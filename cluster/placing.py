@@ -50,8 +50,11 @@ def place(
     """
     spaces = sorted(replicas, key=lambda space: space.replica_id)
     budget = budget or Budget(settings.max_loads_per_tick)
-    plan = _Plan(spaces, previous, settings, rankings or Rankings(), budget)
-    return plan.run(_by_rank(wanted, previous))
+    items = _by_rank(wanted, previous)
+    mean_rows = sum(item.rows for item in items) / max(1, len(items))
+    planned = [PlannedReplica(space, settings.pinned_fraction, mean_rows) for space in spaces]
+    plan = _Plan(planned, previous, settings, rankings or Rankings(), budget)
+    return plan.run(items)
 
 
 def _by_rank(wanted: Iterable[WantedAdapter], previous: Placement) -> list[WantedAdapter]:
@@ -72,13 +75,13 @@ class _Plan:
 
     def __init__(
         self,
-        spaces: Sequence[ReplicaSpace],
+        replicas: Sequence[PlannedReplica],
         previous: Placement,
         settings: ClusterSettings,
         rankings: Rankings,
         budget: Budget,
     ) -> None:
-        self._replicas = {s.replica_id: PlannedReplica(s, settings.pinned_fraction) for s in spaces}
+        self._replicas = {replica.replica_id: replica for replica in replicas}
         self._previous = previous
         self._settings = settings
         self._rankings = rankings
@@ -88,9 +91,9 @@ class _Plan:
         self._mean = 0.0
         self._most_left: float = math.inf  # no replica has more rows left
         self._residents: dict[AdapterVersion, list[str]] = {}
-        for space in spaces:
-            for version in space.resident:
-                self._residents.setdefault(version, []).append(space.replica_id)
+        for replica in replicas:
+            for version in replica.space.resident:
+                self._residents.setdefault(version, []).append(replica.replica_id)
 
     def run(self, wanted: Sequence[WantedAdapter]) -> Placement:
         largest = max((r.space.rows for r in self._replicas.values()), default=0)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from cluster.placement import ReplicaSpace, WantedAdapter
 
 MOVES_PER_TICK = 4
+SPARE_ADAPTERS = 10
+"""Of mean size, for which a plan leaves room: adapters that it does not hold need rows too while they are in use."""
+MOST_SPARE = 0.25
+"""Of a bank, however large they are."""
 
 
 @dataclass(slots=True)
@@ -28,10 +32,11 @@ class PlannedReplica:
 
     __slots__ = ("bytes_left", "load", "replica_id", "rows_left", "space", "used")
 
-    def __init__(self, space: ReplicaSpace, planned_part: float) -> None:
+    def __init__(self, space: ReplicaSpace, planned_part: float, mean_rows: float) -> None:
         self.space = space
         self.replica_id = space.replica_id
-        self.rows_left = int(space.rows * planned_part)
+        spare = min(SPARE_ADAPTERS * mean_rows, MOST_SPARE * space.rows)
+        self.rows_left = int(min(space.rows * planned_part, space.rows - spare))
         self.bytes_left = math.inf if space.num_bytes is None else space.num_bytes
         self.used = 0
         self.load = 0.0

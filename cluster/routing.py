@@ -22,10 +22,6 @@ MEMORY_S = 10.0
 SAMPLED_HOLDERS = 4
 LOAD_DREAD = 9.5
 """A second copy of an adapter costs this times the seconds of its load, for it evicts another that will be missed."""
-RANKED_CANDIDATES = 16
-"""So many replicas of an adapter's own ranking may be asked to load it, and twice as many more as have it; the least
-busy is. So cold adapters even out what homes leave uneven, and among idle replicas routers that cannot hear each other
-choose the same."""
 COMING_S = 1.5
 """A replica that was sent a cold adapter counts as having it, until the table must have heard."""
 TURN_SHARE = 0.02
@@ -249,11 +245,14 @@ class Routing:
         places: _Places,
         candidates: Collection[str],
     ) -> list[str]:
-        """The least cost of waiting and loading, among those who have it and the least busy of some that might."""
+        """The least cost of waiting and loading, among those who have it and the least busy of all others.
+
+        So cold adapters even out what homes leave uneven. Of idle replicas it is the first in the adapter's own
+        ranking, which routers that cannot hear each other choose all the same.
+        """
         costs = {r: self._wait_s(r) for r in having}
-        window = RANKED_CANDIDATES + 2 * len(having)
-        ranked = self._rankings.of(version, candidates)[:window]
         loading = [r for r in places.loading if r in candidates]
+        ranked = self._rankings.of(version, candidates)
         # One load serves all who found everybody full: a crowd spreads at once, a chance meeting waits.
         pressed = self._pressed[version] = self._pressed.get(version, 0) + 1
         if cold := [r for r in (*loading, *ranked) if r not in costs]:

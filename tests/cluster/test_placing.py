@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.config import ClusterSettings
 from cluster.placement import Placement, ReplicaSpace, WantedAdapter
 from cluster.placing import HOLDER_SLACK, copies_wanted, place
-from cluster.planned_replica import MOVES_PER_TICK, Budget
+from cluster.planned_replica import MOVES_PER_TICK, Budget, PlannedReplica
 from cluster.rendezvous import Rankings, preference, weight
 from storage.identity import AdapterVersion, sha256_hex
 
@@ -66,6 +66,11 @@ def rows_of(plan: Placement, wanted: list[WantedAdapter]) -> dict[str, int]:
     return used
 
 
+def planned_rows(space: ReplicaSpace, wanted: list[WantedAdapter]) -> int:
+    mean_rows = sum(item.rows for item in wanted) / len(wanted)
+    return PlannedReplica(space, SETTINGS.pinned_fraction, mean_rows).rows_left
+
+
 def load_of(plan: Placement, wanted: list[WantedAdapter]) -> dict[str, float]:
     load: dict[str, float] = {}
     for item in wanted:
@@ -96,7 +101,7 @@ def test_every_adapter_is_placed_or_named_and_who_is_left_out_fits_nowhere(situa
         assert all(by_version[left_out].rows > space.rows for space in live)
     for left_out in plan.no_room:
         for space in live:
-            budget = int(space.rows * SETTINGS.pinned_fraction)
+            budget = planned_rows(space, wanted)
             assert used.get(space.replica_id, 0) + by_version[left_out].rows > budget
 
 
@@ -288,6 +293,20 @@ def test_a_holder_too_many_is_given_up_where_the_load_is_greatest() -> None:
     assert plan.holders[shared.version] == ("replica-1",)
 
 
+@pytest.mark.parametrize(
+    ("rows", "sizes", "planned"),
+    [(100, (1,), 90), (800, (1, 31), 640), (64, (16,), 48), (8, (1,), 6)],
+)
+def test_a_plan_leaves_room_for_ten_adapters_that_come_by_chance(
+    rows: int, sizes: tuple[int, ...], planned: int
+) -> None:
+    """At least a tenth of a bank, at most a quarter."""
+    (space,) = spaces(1, rows=rows)
+    wanted = [adapter(index, rows=sizes[index % len(sizes)]) for index in range(2 * rows)]
+    plan = place(wanted, [space], Placement(), SETTINGS)
+    assert sum(rows_of(plan, wanted).values()) == planned == planned_rows(space, wanted)
+
+
 def test_an_adapter_is_planned_where_it_is_rather_than_where_it_was_to_be() -> None:
     item = adapter(1)
     live = spaces(3, rows=10)
@@ -312,7 +331,7 @@ def test_a_hot_adapter_moves_where_cold_ones_fill_the_rows_and_none_of_them_is_f
     assert len(moved) == 2
     assert {(item.version, "replica-1") for item in moved} == plan.prefetch
     assert all(item.version in plan.holders or item.version in plan.no_room for item in cold)
-    assert sum(rows_of(plan, [*hot, *cold]).values()) == 16
+    assert sum(rows_of(plan, [*hot, *cold]).values()) == 14
 
 
 def test_no_move_takes_the_rows_of_what_is_worth_more_or_reserved() -> None:
@@ -321,9 +340,9 @@ def test_no_move_takes_the_rows_of_what_is_worth_more_or_reserved() -> None:
     kept = WantedAdapter(version(9), rows=1, work=0.0, is_reserved=True)
     live = [
         replace(space, resident=frozenset(item.version for item in items))
-        for space, items in zip(spaces(2, rows=10), (wide, [*worthy, kept]), strict=True)
+        for space, items in zip(spaces(2, rows=11), (wide, [*worthy, kept]), strict=True)
     ]
-    live[1] = replace(live[1], rows=5)
+    live[1] = replace(live[1], rows=6)
     before = Placement(
         {item.version: ("replica-0",) for item in wide}
         | {item.version: ("replica-1",) for item in (*worthy, kept)}
