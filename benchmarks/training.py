@@ -15,23 +15,26 @@ import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.command import parse, parser_of
 from benchmarks.peak_memory import peak_mib
 from benchmarks.results_file import Row, own_side, print_rows, write_result
-from training.adapter_run import AdapterData, AdapterRun
+from benchmarks.timed_training import (
+    DTYPES,
+    SEED,
+    TimedTrainer,
+    alternate,
+    random_sequence,
+    ratios,
+)
 from training.frozen_base import FrozenBase
-from training.spec import AdapterSpec
-from training.tokens import TokenSequence
-from training.trainer import MultiAdapterTrainer
 from workers.large_pages import kept_memory
 from workers.models.loading import load_base
 
@@ -39,11 +42,9 @@ if TYPE_CHECKING:
     from benchmarks.peft_training import PeftLoop
 
 CLAIM = "Adapters train faster together than one after another, and a step hardly costs more for a higher rank."
-SEED = 0
 FADED = 1.1
 """A gain that is not worth speaking of."""
 _CPU = torch.device("cpu")
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _BARS = {(8, 32): 2.0, (8, 128): 1.3}
 
 
@@ -118,28 +119,28 @@ def _together_and_apart(
 ) -> list[Row]:
     """The gain first; then both sides in tokens per second, and the peer."""
     apart = min(count, sizes.apart)
-    whole = _Trainer(base, range(count), 1, tokens, sizes.vocabulary)
-    single = [_Trainer(base, [name], 1, tokens, sizes.vocabulary) for name in range(apart)]
+    whole = TimedTrainer(base, dict.fromkeys(range(count), 1), tokens, sizes.vocabulary)
+    single = [TimedTrainer(base, {name: 1}, tokens, sizes.vocabulary) for name in range(apart)]
     sides: dict[str, Callable[[], float]] = {
         "together": lambda: whole.seconds(1),
         "apart": lambda: sum(each.seconds(1) for each in single) * count / apart,
     }
     if peft is not None:
-        loop, sequence = peft, _sequence(0, tokens, sizes.vocabulary)
+        loop, sequence = peft, random_sequence(0, tokens, sizes.vocabulary)
         sides["peft"] = lambda: loop.seconds(sequence, 1) * count
     title = f"{kind}, {count} FLoRA r1, {tokens} tokens each"
-    took = _alternate(sides, rounds, title)
+    took = alternate(sides, rounds, title)
     per_round = count * tokens
-    ratio = _ratio(took["apart"], took["together"])
+    gains = ratios(took["apart"], took["together"])
     rows = [
-        Row(f"{title}: together / one after another", ratio, sizes.bars.get((count, tokens))),
+        Row(f"{title}: together / one after another", gains, sizes.bars.get((count, tokens))),
         Row(f"{title}: together, tokens/s", tuple(per_round / s for s in took["together"])),
         Row(f"{title}: one after another, tokens/s", tuple(per_round / s for s in took["apart"])),
     ]
     if "peft" in took:
         rows += [
             Row(f"{title}: PEFT's loop, tokens/s", tuple(per_round / s for s in took["peft"])),
-            Row(f"{title}: together / PEFT's loop", _ratio(took["peft"], took["together"])),
+            Row(f"{title}: together / PEFT's loop", ratios(took["peft"], took["together"])),
         ]
     return rows
 
@@ -172,22 +173,29 @@ def _peak_in_a_process(base: Path, *case: str | int) -> float | None:
 
 def _peak(base: str, kind: str, adapters: str, tokens: str, vocabulary: str) -> float | None:
     """Of two steps of a trainer that is alone in this process."""
-    loaded = load_base(base, _DTYPES[kind], _CPU)
+    loaded = load_base(base, DTYPES[kind], _CPU)
     frozen = FrozenBase.adopt(loaded, max_tokens=int(tokens) + 1)
-    trainer = _Trainer(frozen, range(int(adapters)), 1, int(tokens), int(vocabulary))
+    trainer = TimedTrainer(
+        frozen, dict.fromkeys(range(int(adapters)), 1), int(tokens), int(vocabulary)
+    )
     return peak_mib(lambda: trainer.seconds(2))
 
 
 def _rank_row(base: FrozenBase, rounds: int, sizes: Sizes, kind: str) -> Row:
     low, high = (
-        _Trainer(base, range(sizes.rank_adapters), rank, sizes.rank_tokens, sizes.vocabulary)
+        TimedTrainer(
+            base,
+            dict.fromkeys(range(sizes.rank_adapters), rank),
+            sizes.rank_tokens,
+            sizes.vocabulary,
+        )
         for rank in sizes.ranks
     )
-    took = _alternate(
+    took = alternate(
         {"low": lambda: low.seconds(1), "high": lambda: high.seconds(1)}, rounds, "ranks"
     )
     name = f"{kind}, training step, FLoRA r{sizes.ranks[1]} / r{sizes.ranks[0]}, {sizes.rank_tokens} tokens"
-    return Row(name, _ratio(took["high"], took["low"]), sizes.rank_bar, "lower")
+    return Row(name, ratios(took["high"], took["low"]), sizes.rank_bar, "lower")
 
 
 def fades_at(gains: Mapping[int, float]) -> float | None:
@@ -198,78 +206,6 @@ def fades_at(gains: Mapping[int, float]) -> float | None:
             share = (before - FADED) / (before - after)
             return math.exp(math.log(few) + share * (math.log(many) - math.log(few)))
     return None
-
-
-class _Trainer:
-    """A trainer that shares the frozen base with others: it takes the layers over before its steps."""
-
-    def __init__(
-        self, base: FrozenBase, names: Sequence[int], rank: int, tokens: int, vocabulary: int
-    ) -> None:
-        self._base = base
-        self._trainer = MultiAdapterTrainer(
-            base,
-            [_run(name, rank, tokens, vocabulary) for name in names],
-            publish=_never,
-            on_event=lambda event: None,
-        )
-        self._trainer.start()
-
-    def seconds(self, steps: int) -> float:
-        """Time of so many optimizer steps of all its adapters. Raises RuntimeError when one of them fails."""
-        self._base.layers.bind(self._trainer.rows.bank)
-        began = time.perf_counter()
-        for _ in range(steps):
-            self._trainer.step()
-        took = time.perf_counter() - began
-        failed = [run.outcome for run in self._trainer.runs if not run.is_training]
-        if failed:
-            raise RuntimeError(f"an adapter stopped training: {failed[0]}")
-        return took
-
-
-def _alternate(
-    sides: Mapping[str, Callable[[], float]], rounds: int, title: str
-) -> dict[str, list[float]]:
-    """Seconds of every side by round, in another order each time; one step before that is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    for number in range(rounds):
-        for name in sorted(sides, reverse=bool(number % 2)):
-            taken[name].append(sides[name]())
-        told = ", ".join(f"{name} {took[-1]:.2f} s" for name, took in taken.items())
-        print(f"round {number}  {title}  {told}", flush=True)
-    return taken
-
-
-def _ratio(slow: Sequence[float], fast: Sequence[float]) -> tuple[float, ...]:
-    return tuple(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def _run(name: int, rank: int, tokens: int, vocabulary: int) -> AdapterRun:
-    spec = AdapterSpec.model_validate(
-        {
-            "name": f"adapter-{name}",
-            "data": "random.jsonl",
-            "rank": rank,
-            "steps": 1_000_000,
-            "batch_size": 1,
-            "sequence_length": tokens + 1,
-            "seed": SEED + name,
-        }
-    )
-    return AdapterRun(spec, AdapterData((_sequence(name, tokens, vocabulary),)), spec.num_steps(1))
-
-
-def _sequence(name: int, tokens: int, vocabulary: int) -> TokenSequence:
-    generator = torch.Generator().manual_seed(SEED + name)
-    ids = torch.randint(3, vocabulary, (tokens + 1,), generator=generator).tolist()
-    return TokenSequence(tuple(ids), (True,) * (tokens + 1))
-
-
-def _never(*_: Any) -> NoReturn:
-    raise RuntimeError("a benchmark publishes nothing")
 
 
 def _sizes(kind: str, is_quick: bool) -> Sizes:
@@ -287,14 +223,14 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="1 and 8 adapters, 32 and 128 tokens only"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, nargs="*", default=[*_DTYPES])
+    parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=[*DTYPES])
     arguments = parse(parser, kept_memory())
     sizes = {name: _sizes(name, arguments.quick) for name in arguments.dtype}
     # First, while this process has kept no memory of steps of its own.
     peaks = [row for name in sizes for row in peak_rows(arguments.base, sizes[name], name)]
     rows: list[Row] = []
     for name in sizes:
-        rows += measure(arguments.base, arguments.rounds, sizes=sizes[name], dtype=_DTYPES[name])
+        rows += measure(arguments.base, arguments.rounds, sizes=sizes[name], dtype=DTYPES[name])
     rows += peaks
     print_rows(rows)
     path = write_result(

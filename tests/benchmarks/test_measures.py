@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import adapters_scale, engine, training, unpatched
+from benchmarks import adapters_scale, engine, training, training_modes, unpatched
 from benchmarks.own_engine import Answered, OwnEngine
 from benchmarks.population import Population, publish_all
 from benchmarks.results_file import Side, VoidRunError
+from benchmarks.timed_training import TimedTrainer
 from benchmarks.vllm_process import VllmProcess
 from benchmarks.workload import Batch, Zipf
 from storage.adapter_rows import AdapterRows
@@ -195,10 +196,28 @@ def test_the_place_where_a_gain_fades_lies_between_the_sizes_around_it() -> None
     assert found == pytest.approx(256)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_size_is_trained_in_both_modes_and_judged_by_the_chosen_one(
+    dtype: torch.dtype, tiny_llama_dir: Path
+) -> None:
+    sizes = training_modes.Sizes(
+        ranks=(1, 8), tokens=(6, 100), mixed_ranks=(1, 2), mixed_tokens=9, vocabulary=200
+    )
+    rows, levers = training_modes.measure(tiny_llama_dir, 2, dtype, sizes)
+    kind = str(dtype).removeprefix("torch.")
+    long_by = "weights" if dtype == torch.float32 else "rows"
+    names = [row.name for row in rows]
+    assert f"{kind}, FLoRA r1, 6 tokens each: by rows / the faster mode" in names
+    assert f"{kind}, FLoRA r8, 100 tokens each: by {long_by} / the faster mode" in names
+    judged = [row for row in rows if row.bar is not None]
+    assert len(judged) == 4 and all(len(row.rounds) == 2 for row in judged)
+    assert [lever.measured for lever in levers] == [row.value for row in rows[4:]]
+
+
 def test_trainers_that_share_a_base_train_their_own_rows(tiny_llama_dir: Path) -> None:
     loaded = load_base(str(tiny_llama_dir), torch.float32, torch.device("cpu"))
     base = FrozenBase.adopt(loaded, max_tokens=9)
-    one, other = (training._Trainer(base, [name], 1, 8, 200) for name in range(2))
+    one, other = (TimedTrainer(base, {name: 1}, 8, 200) for name in range(2))
     before = other._trainer.rows.rows_of(0)
     one.seconds(2)
     assert is_same(other._trainer.rows.rows_of(0), before)
