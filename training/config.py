@@ -66,6 +66,12 @@ class TrainingSettings(BaseModel):
         description="Begin or go on with as few as this while the cluster's machines have no room for num_workers. Ray "
         "does not count what others than training hold of them. Unset: wait for all.",
     )
+    look_for_room_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="With min_workers: how often Ray looks for room for more. Taking them in costs the steps since the "
+        "last checkpoint.",
+    )
     cpus_per_worker: float = Field(
         default=1.0, gt=0, description="What Ray sets aside; how many are used is `threads`."
     )

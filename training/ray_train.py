@@ -26,8 +26,6 @@ from workers.large_pages import kept_memory
 _LONGEST_ROUND_S = 24 * 3600
 # A worker's report waits until Ray Train has looked at the one before: by its own choice, every two seconds.
 _LOOK_AT_WORKERS_S = "0.25"
-# Taking in more workers costs the steps since the last round.
-_LOOK_FOR_ROOM_S = 300.0
 
 logger = logging.getLogger("flora.training")
 
@@ -79,7 +77,7 @@ def _fit(task: WorkerTask, workers: int, scratch: Path) -> str | None:
         torch_config=TorchConfig(backend="gloo", timeout_s=_LONGEST_ROUND_S),
         scaling_config=ray.train.ScalingConfig(
             num_workers=_num_workers(settings, workers),
-            elastic_resize_monitor_interval_s=_LOOK_FOR_ROOM_S,
+            elastic_resize_monitor_interval_s=settings.look_for_room_s,
             use_gpu=settings.gpus_per_worker > 0,
             resources_per_worker={
                 "CPU": settings.cpus_per_worker,
