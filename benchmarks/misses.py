@@ -23,23 +23,7 @@ _STREAMED = (
     "from 0.72. Next: encoding a step's events once for all requests of a connection."
 )
 
-_EVEN_RIVAL = (
-    "Ray's rule is even here, 1.05, because what it does not find goes to the shorter queue: a tenth of its requests, "
-    "two thirds under mixed ranks, where ours finds nearly all that anyone could. A quarter of its excess is 1.012: an "
-    "adapter has one home at most when none is asked for more than another, and what 100 homes are asked for in 30 s "
-    "differs by more than that from replica to replica. Ours is within the bars of its own, 1.08 and "
-    "1.12. Not tried: hits given up for balance, of which rank 1 has some to spare."
-)
-
 MISSES: Mapping[tuple[str, str], str] = {
-    (
-        "placement",
-        "ours beside Ray's rule, uniform, rank 1, 0.55: excess imbalance, part",
-    ): _EVEN_RIVAL,
-    (
-        "placement",
-        "ours beside Ray's rule, uniform, mixed ranks, 0.55: excess imbalance, part",
-    ): _EVEN_RIVAL,
     ("quality_languages", "FLoRA r1's gain over the base / LoRA r4's"): (
         "A quarter of LoRA r4's parameters, in 100 steps; FLoRA r4, with as many, gains 1.05 times what it gains. The "
         "highest rate that was tried, 0.06, was the best for rank 1, as 0.006 was for LoRA. Next: higher rates for "
