@@ -27,13 +27,12 @@ from training.events import (
     AdapterFailed,
     AdapterFinished,
     AdapterPublished,
-    AdapterStarted,
-    AdapterStep,
     EventSink,
 )
 from training.frozen_base import FrozenBase
 from training.initial_rows import initial_rows, row_layouts
 from training.optimizer import RowAdamW, StepSettings
+from training.run_events import started, stepped
 from training.spec import AdapterSpec
 from training.step_loss import StepLoss
 from training.trainable_rows import State, TrainableRows, Weights
@@ -176,17 +175,13 @@ class MultiAdapterTrainer:
                 continue
             run.step += 1
             run.loss = losses[number]
-            tokens = sum(one.num_inputs for one in owned)
             self._on_event(
-                AdapterStep(
-                    adapter=run.name,
-                    step=run.step,
-                    steps=run.num_steps,
-                    loss=run.loss,
+                stepped(
+                    run,
                     gradient_norm=norms[number],
                     learning_rate=rates[number],
-                    tokens_per_s=tokens / seconds,
-                    tokens=tokens,
+                    tokens=sum(one.num_inputs for one in owned),
+                    seconds=seconds,
                 )
             )
 
@@ -248,18 +243,7 @@ class MultiAdapterTrainer:
             return
         if run.status is RunStatus.WAITING:
             run.status = RunStatus.TRAINING
-        self._on_event(
-            AdapterStarted(
-                adapter=run.name,
-                family=run.spec.family,
-                rank=run.spec.rank,
-                step=run.step,
-                steps=run.num_steps,
-                sequences=len(run.data.training),
-                truncated=run.data.truncated,
-                dropped=run.data.dropped,
-            )
-        )
+        self._on_event(started(run))
         if run.status is RunStatus.FINISHED:
             self._publish_run(number)
 

@@ -43,7 +43,7 @@ class StepContext:
         product: Product = adapted_product,
         look_up: LookUp = index_module_group,
     ) -> None:
-        self.cost = cost
+        self._cost = cost
         self._look_up = look_up
         self.product = product
         self._plan: StepPlan | None = None
@@ -71,6 +71,11 @@ class StepContext:
         self.begin(None, None)
         self._indices, self._indexed = {}, None
 
+    def use_cost(self, cost: CostModel) -> None:
+        """From the next step on, whose index is made anew though it be like the last one."""
+        self.forget()
+        self._cost = cost
+
     def begin_given(self, indices: Mapping[str, StepIndex]) -> None:
         """Enter a step whose indices by path are made already."""
         self._given = indices
@@ -97,7 +102,7 @@ class StepContext:
         table = self._snapshot.table_of[path]
         index = self._indices.get(table)
         if index is None:
-            index = self._look_up(self._plan, table, self.cost)
+            index = self._look_up(self._plan, table, self._cost)
             self._indices[table] = index
         return index
 
@@ -172,7 +177,7 @@ class AdapterLayers:
 
     def use_cost(self, cost: CostModel) -> None:
         """Choose between row mode and weight mode by this from the next step on."""
-        self._context.cost = cost
+        self._context.use_cost(cost)
 
     def bind(self, bank: AdapterBank) -> None:
         """Use this bank from the next step on."""

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import torch
 
+from tests.workers.row_form.mixed_layers import WEIGHT_MODE, mixed_layers
+from workers.row_form.adapted_linear import StepContext
 from workers.row_form.base_linear import serving_linear
 from workers.row_form.cost import ROW_MODE, training_cost
 from workers.row_form.cost_measurement import measure_cost
@@ -36,3 +38,21 @@ def test_a_run_is_counted_in_the_mode_it_is_computed_in() -> None:
     assert cost.rows(7, num_mul=0, offset=1) == 7
     assert cost.rows(512, num_mul=16, offset=1) < 1.1 * cost.rows(512, num_mul=1, offset=1)
     assert ROW_MODE.rows(512, num_mul=16, offset=1) == 512 * 17
+
+
+def test_another_cost_holds_from_the_next_step_on_though_it_be_like_the_last() -> None:
+    mixed = mixed_layers(
+        seed=1,
+        shapes={"layer": (8, 6)},
+        adapters=[{"layer": ("flora", 2)}],
+        segments=[(5, 0)],
+        dtype=torch.float32,
+    )
+    context = StepContext(ROW_MODE)
+    context.begin(mixed.plan, mixed.bank.snapshot)
+    by_rows = context.index_of("layer")
+    assert by_rows is not None and by_rows.mul is not None and not by_rows.mul_batches
+    context.use_cost(WEIGHT_MODE)
+    context.begin(mixed.plan, mixed.bank.snapshot)
+    by_weights = context.index_of("layer")
+    assert by_weights is not None and by_weights.mul is None and by_weights.mul_batches
