@@ -13,8 +13,8 @@ _LOADS = (
 )
 _FLOAT32 = (
     "From about 100 tokens on, this CPU is at the limit of its float32 arithmetic with one adapter already, so eight "
-    "gain only what attention, loss and the optimizer gain: 207 tokens a second beside 170. In bfloat16, which its "
-    "matrix unit speeds up, the same row is at 1.89. Next: attention over all adapters' tokens at once."
+    "gain only what attention, loss and the optimizer gain: 203 tokens a second beside 162. In bfloat16, which its "
+    "matrix unit speeds up, the same row is at 1.81. Next: attention over all adapters' tokens at once."
 )
 
 _STREAMED = (

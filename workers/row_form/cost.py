@@ -63,10 +63,10 @@ def training_cost(dtype: torch.dtype) -> CostModel:
     """Measured on an x86 CPU with AMX by the time of a whole training step, forward and backward.
 
     In bfloat16 a row costs little on the matrix unit, so building ΔW twice takes as long as 1,100 of them, and a second
-    product of a token, whose weight is not packed, as long as two. In float32 building takes as long as about 50 rows,
+    product of a token, whose weight is not packed, as long as two. In float32 building takes as long as about 150 rows,
     and weights are merged: a step then needs three products instead of five. `benchmarks.training_modes` times both
     modes on either side of the crossing.
     """
     if dtype == torch.bfloat16:
         return CostModel(build_rows=1100.0, build_rows_per_rank=2.0, product_row=2.0)
-    return CostModel(build_rows=50.0, build_rows_per_rank=0.5, merged=True)
+    return CostModel(build_rows=150.0, build_rows_per_rank=3.0, merged=True)
