@@ -12,11 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from benchmarks.command import parse, parser_of
-from benchmarks.results_file import Lever, Row, own_side, print_rows, write_result
+from benchmarks.results_file import Row, own_side, print_rows, write_result
 from benchmarks.timed_training import DTYPES, SEED, TimedTrainer, alternate, ratios
 from training.frozen_base import FrozenBase
 from workers.large_pages import kept_memory
@@ -26,7 +27,7 @@ from workers.row_form.cost import CostModel, training_cost
 CLAIM = "A training step computes each adapter in the mode that is faster for its tokens and rank."
 BAR = 1.15
 """What a wrong choice near the crossing, and noise, may cost."""
-OFFSET = 1
+OFFSET = 1  # of FLoRA adapters, unless their specification says otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,10 @@ class Sizes:
 
 FORMER_BFLOAT16 = CostModel(build_rows=250.0, build_rows_per_rank=2.0)
 """Weight mode's cost over a bfloat16 base as it was first taken down, from its products alone."""
-PREDICTED = 1.06
-"""Of the change from that to `training_cost`, for adapters of ranks 1, 2, 4 and 8 at 165 tokens each."""
 
 
-def measure(
-    base: Path, rounds: int, dtype: torch.dtype, sizes: Sizes | None = None
-) -> tuple[list[Row], list[Lever]]:
-    """One row for every rank and length, and what the last change of the model's figures brought."""
+def measure(base: Path, rounds: int, dtype: torch.dtype, sizes: Sizes | None = None) -> list[Row]:
+    """One row for every rank and length; in bfloat16 also what the present figures of the cost model bring."""
     sizes = sizes or Sizes()
     longest = max(*sizes.tokens, sizes.mixed_tokens)
     cpu = torch.device("cpu")
@@ -60,13 +57,12 @@ def measure(
         for rank in sizes.ranks
     ]
     if dtype != torch.bfloat16:
-        return rows, []
+        return rows
     costs = (FORMER_BFLOAT16, training_cost(dtype))
     before, after = _timed(frozen, rounds, sizes.mixed_ranks, sizes.mixed_tokens, costs, sizes)
     ranks = ", ".join(map(str, sizes.mixed_ranks))
     name = f"{kind}, ranks {ranks}, {sizes.mixed_tokens} tokens each: weight mode's cost measured"
-    gain = Row(name, ratios(before, after))
-    return [*rows, gain], [Lever(name, PREDICTED, gain.value)]
+    return [*rows, Row(name, ratios(before, after))]
 
 
 def _cell(base: FrozenBase, rounds: int, sizes: Sizes, rank: int, tokens: int, kind: str) -> Row:
@@ -76,7 +72,7 @@ def _cell(base: FrozenBase, rounds: int, sizes: Sizes, rank: int, tokens: int, k
     by_rows, by_weights = _timed(base, rounds, (rank,) * sizes.adapters, tokens, modes, sizes)
     is_by_weights = cost.prefers_weight_mode(tokens, rank, OFFSET)
     chosen = by_weights if is_by_weights else by_rows
-    faster = min(by_rows, by_weights, key=lambda took: Row("", tuple(took)).value)
+    faster = min(by_rows, by_weights, key=median)
     name = f"{kind}, FLoRA r{rank}, {tokens} tokens each: by {'weights' if is_by_weights else 'rows'} / the faster mode"
     return Row(name, ratios(chosen, faster), BAR, "lower")
 
@@ -106,13 +102,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, nargs="*", default=[*DTYPES])
     arguments = parse(parser, kept_memory())
     rows: list[Row] = []
-    levers: list[Lever] = []
     for name in arguments.dtype:
         # In float32 the crossing is at fewer tokens, and a row costs more.
         sizes = Sizes(tokens=(32, 128)) if name == "float32" else Sizes()
-        found, brought = measure(arguments.base, arguments.rounds, DTYPES[name], sizes)
-        rows += found
-        levers += brought
+        rows += measure(arguments.base, arguments.rounds, DTYPES[name], sizes)
     print_rows(rows)
     path = write_result(
         "training_modes",
@@ -122,9 +115,9 @@ def main() -> None:
         workload={
             "dtypes": arguments.dtype,
             "batch": f"one sequence of uniform tokens for each of {Sizes().adapters} adapters, all learnt",
+            "FLoRA": f"offset {OFFSET}",
         },
         sides=[own_side("by rows"), own_side("by weights")],
-        levers=levers,
     )
     print("wrote", path.name)
 

@@ -26,7 +26,11 @@ class ClusterSettings(BaseModel):
         description="φ: an adapter gets one more holder for each φ of a replica's fair share of work.",
     )
     pinned_fraction: float = Field(
-        default=0.9, gt=0, le=1, description="β: the part of a bank the plan may fill at most."
+        default=0.9,
+        gt=0,
+        le=1,
+        description="β: the part of a bank the plan may fill at most. It also leaves room for ten adapters of mean "
+        "size, though never more than a quarter of the bank.",
     )
     load_slack: float = Field(
         default=1.05, ge=1, description="Bounded load: a holder may have this times the mean."

@@ -29,8 +29,8 @@ class KnownReplica:
     is_listed: bool = False
 
     busy: tuple[bool, bool, float, float] = (True, True, 0.0, 0.0)
-    """What replicas that have the adapter are compared by, the least first, kept up by `weigh`: whether a slot is free,
-    then slots busy now and over the memory, then work.
+    """What replicas are compared by, the least first, kept up by `weigh`: whether a slot is free; with one, the slots
+    busy now and over the memory, else the requests for each slot; then work.
     """
 
     @property
@@ -44,8 +44,14 @@ class KnownReplica:
             slots_per_work: kept busy on average by one unit of `recent`.
         """
         work = self.recent + max(0.0, self.others_work)
-        slots = self.under_way + self.others + EVENNESS * slots_per_work * work
-        self.busy = (not self.is_listed, not self.is_free, slots, work)
+        busy = self.under_way + self.others
+        if self.is_free:
+            busy += EVENNESS * slots_per_work * work
+        elif self.slots:
+            busy /= (
+                self.slots
+            )  # who has just come has no memory, and is not to queue what others would start sooner
+        self.busy = (not self.is_listed, not self.is_free, busy, work)
 
     def start(self, work: float) -> None:
         self.under_way += 1

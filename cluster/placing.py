@@ -46,12 +46,14 @@ def place(
 
     Promises: a replica's holders never exceed its rows and bytes; who is left out fits nowhere; no more copies are
     newly prefetched or moved than `budget` has, which is lowered by them; present holders are kept before new ones are
-    chosen. Without a budget it has a whole tick's.
+    chosen. Rows are left for what comes by chance (`SPARE_ADAPTERS`). Without a budget it has a whole tick's.
     """
     spaces = sorted(replicas, key=lambda space: space.replica_id)
     budget = budget or Budget(settings.max_loads_per_tick)
     items = _by_rank(wanted, previous)
-    mean_rows = sum(item.rows for item in items) / max(1, len(items))
+    largest = max((space.rows for space in spaces), default=0)
+    rows = [item.rows for item in items if item.rows <= largest]
+    mean_rows = sum(rows) / max(1, len(rows))
     planned = [PlannedReplica(space, settings.pinned_fraction, mean_rows) for space in spaces]
     plan = _Plan(planned, previous, settings, rankings or Rankings(), budget)
     return plan.run(items)

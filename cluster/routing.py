@@ -21,7 +21,8 @@ MEMORY_S = 10.0
 """Half-life of the work of a replica, which holders share out evenly."""
 SAMPLED_HOLDERS = 4
 LOAD_DREAD = 9.5
-"""A second copy of an adapter costs this times the seconds of its load, for it evicts another that will be missed."""
+"""A second copy of an adapter costs this times the seconds of its load, for it evicts another that will be missed.
+Whoever found all who have it full since the last view shares the cost."""
 COMING_S = 1.5
 """A replica that was sent a cold adapter counts as having it, until the table must have heard."""
 TURN_SHARE = 0.02
@@ -93,8 +94,8 @@ class Routing:
             tried = list(dict.fromkeys((*best, *by_load)))
         else:
             places = self._where(version)
-            ranking = self._rankings.of(version, sound)
-            by_place = (*best, *places.ready, *places.lucky, *places.loading, *ranking, *candidates)
+            others = sorted(self._rankings.of(version, sound), key=self._busy)
+            by_place = (*best, *places.ready, *places.lucky, *places.loading, *others, *candidates)
             tried = [r for r in dict.fromkeys(by_place) if r in candidates]
         return tried if sound is candidates else sorted(tried, key=lambda r: r not in sound)
 
@@ -247,8 +248,9 @@ class Routing:
     ) -> list[str]:
         """The least cost of waiting and loading, among those who have it and the least busy of all others.
 
-        So cold adapters even out what homes leave uneven. Of idle replicas it is the first in the adapter's own
-        ranking, which routers that cannot hear each other choose all the same.
+        So cold adapters even out what homes leave uneven. A holder that does not have it has no claim, for the plan
+        goes where an adapter is; of replicas that have done nothing lately holders come first, then the adapter's own
+        ranking, in which routers that cannot hear each other agree.
         """
         costs = {r: self._wait_s(r) for r in having}
         loading = [r for r in places.loading if r in candidates]

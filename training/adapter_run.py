@@ -36,7 +36,7 @@ class AdapterData:
 
 @dataclass(slots=True)
 class AdapterRun:
-    """Mutable state of one adapter. `step` counts finished optimizer steps of `num_steps`."""
+    """Mutable state of one adapter. `step` counts finished steps of `num_steps`, also those after it broke."""
 
     spec: AdapterSpec
     data: AdapterData
@@ -66,12 +66,22 @@ class AdapterRun:
         return self.status is RunStatus.TRAINING
 
     @property
+    def is_broken(self) -> bool:
+        return self.status is RunStatus.BROKEN
+
+    @property
     def is_in_steps(self) -> bool:
-        return self.status in (RunStatus.TRAINING, RunStatus.BROKEN)
+        """Once it has a place; one that has broken may have been restored without."""
+        return self.is_training or self.is_broken
 
     @property
     def is_over(self) -> bool:
         return self.status in (RunStatus.PUBLISHED, RunStatus.FAILED)
+
+    @property
+    def may_learn(self) -> bool:
+        """Neither over nor broken: what it becomes is open."""
+        return not (self.is_over or self.is_broken)
 
     @property
     def learning_rate(self) -> float:
@@ -122,7 +132,9 @@ class AdapterRun:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Whoever was training waits for a place again. Raises as `check_whole`."""
+        """Whoever was training waits for a place again; so does one that has broken, and stays so. Raises as
+        `check_whole`.
+        """
         check_whole(self.name, state, self.state())
         status = RunStatus(state["status"])
         self.status = RunStatus.WAITING if status is RunStatus.TRAINING else status

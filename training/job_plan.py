@@ -42,11 +42,10 @@ class JobPlan:
 
     def digest(self) -> str:
         """Of everything that decides what the adapters become: tokens, settings, base. Not of where files lie."""
-        hashed = hashlib.sha256(
-            canonical_json(
-                [self.base.digest, self.spec.dtype, self.spec.tenant, self.spec.deterministic]
-            )
-        )
+        job = [self.base.digest, self.spec.dtype, self.spec.tenant]
+        if self.spec.deterministic:
+            job.append("deterministic")
+        hashed = hashlib.sha256(canonical_json(job))
         for adapter in self.spec.adapters:
             settings = adapter.model_dump(
                 mode="json", exclude={"data": True, "evaluation": {"data"}, "may_replace": True}

@@ -108,7 +108,7 @@ def _trainers(task: WorkerTask, publish: Publish, tell: EventSink) -> Build:
             on_event=tell,
             max_resident=limits.max_resident if limits else None,
             max_step_tokens=limits.max_step_tokens if limits else task.training.max_step_tokens,
-            is_deterministic=plan.spec.deterministic,
+            keeps_broken=plan.spec.deterministic,
         )
 
     return build

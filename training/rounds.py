@@ -77,6 +77,8 @@ class ShareTrainer(Protocol):
 
     def stop(self, adapter: str, reason: str) -> None: ...
 
+    def leave_broken(self) -> None: ...
+
     def state_of(self, number: int) -> dict[str, Any]: ...
 
     def restore(self, number: int, state: Mapping[str, Any]) -> None: ...
@@ -102,7 +104,7 @@ class Work:
         return all(commit.is_over(name) for name in self.costs)
 
     def left(self, commit: Commit) -> dict[str, float]:
-        """Costs still to come, of the adapters that are not over."""
+        """Costs still to come, of the adapters that are not over; who has broken costs what it did."""
         return {
             name: cost * (1.0 - self._steps_done(name, commit) / (self.num_steps[name] + 1.0))
             for name, cost in self.costs.items()
@@ -164,7 +166,11 @@ def train_in_rounds(
         if trainer is not None:
             _stop_cancelled(trainer, job)
         cost = 0.0 if trainer is None else work.cost_of_step(trainer)
-        dearest = max(peers.gather(cost))
+        is_learning = trainer is not None and any(run.may_learn for run in trainer.runs)
+        of_all = peers.gather((cost, is_learning))
+        dearest = max(each for each, _ in of_all)
+        if trainer is not None and not any(learns for _, learns in of_all):
+            trainer.leave_broken()
         began_s = clock()
         saved: dict[str, SavedAdapter] = {}
         if trainer is not None:
@@ -199,7 +205,7 @@ def _publish_again(
 ) -> None:
     """Who had finished in an earlier attempt is not trained once more, though the last commit does not know it yet."""
     for number, run in enumerate(trainer.runs):
-        if run.is_over or run.name not in finished:
+        if not run.may_learn or run.name not in finished:
             continue
         version = publish_again(run.spec)
         if version is not None:

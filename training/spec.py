@@ -236,8 +236,9 @@ class TrainingSpec(BaseModel):
     checkpoint_every_steps: int = Field(default=50, ge=1)
     deterministic: bool = Field(
         default=False,
-        description="An adapter whose loss or gradient breaks fails at once, but its sequences stay in the steps until "
-        "its last: the others become what they would beside it healthy, to the bit. Sums on a GPU have a fixed order.",
+        description="An adapter whose loss or gradient breaks fails at once, but keeps its place and its sequences, "
+        "and costs its time, until its last step: on the same workers the others become, to the bit, what they would "
+        "beside it healthy until then. torch uses deterministic algorithms only.",
     )
     adapters: tuple[AdapterSpec, ...] = Field(min_length=1)
 

@@ -45,8 +45,8 @@ class MultiAdapterTrainer:
     """Trains until every adapter is published or failed.
 
     At most `max_resident` adapters train at a time. The others wait, without rows or moments; who is published or
-    fails gives its place to the next at once, the one with most steps left first, so that no long one is left to train
-    alone at the end. How many places there are never changes what an adapter becomes.
+    fails gives its place (but see `keeps_broken`) to the next at once, the one with most steps left first, so that no
+    long one is left to train alone at the end. How many places there are never changes what an adapter becomes.
 
     Args:
         base: the frozen model; this trainer is its only user while it lives.
@@ -55,8 +55,8 @@ class MultiAdapterTrainer:
         on_event: told everything that happens, in order, from within `start` and `step`.
         max_resident: adapters that train at a time; all of them if None.
         max_step_tokens: longest forward; a step with more tokens runs in several, with the same gradient.
-        is_deterministic: who breaks keeps its place and its sequences, with rows of zero, until its last step, so that
-            no batch of the others is another one.
+        keeps_broken: who breaks is told as failed, and keeps its place and its sequences, with rows of zero, until
+            its last step: so no batch of the others is another one.
         clock: seconds, for speeds only.
 
     Raises:
@@ -72,14 +72,14 @@ class MultiAdapterTrainer:
         on_event: EventSink,
         max_resident: int | None = None,
         max_step_tokens: int = 8192,
-        is_deterministic: bool = False,
+        keeps_broken: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runs = tuple(runs)
         self._base = base
         self._publish = publish
         self._on_event = on_event
-        self._is_deterministic = is_deterministic
+        self._keeps_broken = keeps_broken
         self._clock = clock
         self._dtype = torch.promote_types(base.dtype, torch.float32)
         self._projections = base.layers.projections
@@ -121,15 +121,14 @@ class MultiAdapterTrainer:
             self._admit(number)
 
     def step(self) -> None:
-        """One optimizer step of every adapter that has a place; nothing when none is left to train."""
+        """One optimizer step of every adapter that has a place; no forward when all of those have broken."""
         self.start()
-        present = [number for number, run in enumerate(self.runs) if run.is_in_steps]
+        present = [n for n in sorted(self.rows.residents) if self.runs[n].is_in_steps]
         batch = {number: self._owned(number, self.runs[number].draw()) for number in present}
         if any(self.runs[number].is_training for number in present):
             self._learn(batch)
         for number in present:
-            if self.runs[number].status is RunStatus.BROKEN:
-                self.runs[number].step += 1
+            self.runs[number].step += self.runs[number].is_broken
         self._evaluate([number for number in present if self.runs[number].is_in_steps])
         for number in present:
             run = self.runs[number]
@@ -145,12 +144,21 @@ class MultiAdapterTrainer:
             self.step()
 
     def stop(self, adapter: str, reason: str) -> None:
-        """End one adapter unpublished; nothing when it is over already, or none of these."""
+        """End one adapter unpublished; nothing when it is over already, or none of these.
+
+        One that has broken was told as failed then, and leaves without a word.
+        """
         for number, run in enumerate(self.runs):
-            if run.name == adapter and run.status is RunStatus.BROKEN:
+            if run.name == adapter and run.is_broken:
                 self._leave(number)
             elif run.name == adapter and not run.is_over:
                 self._fail(number, reason)
+
+    def leave_broken(self) -> None:
+        """Let those that have broken go before their last step: nobody is left whose steps they keep as they are."""
+        for number, run in enumerate(self.runs):
+            if run.is_broken:
+                self._leave(number)
 
     def _learn(self, batch: Mapping[int, Sequence[OwnedSequence]]) -> None:
         """One forward and backward of a batch, and one update of those in it that are well."""
@@ -190,13 +198,13 @@ class MultiAdapterTrainer:
     def state_of(self, number: int) -> dict[str, Any]:
         """Everything one adapter needs to go on as if undisturbed, in any trainer over the same base.
 
-        A published or failed one needs no rows: the registry has them, or nobody wants them. One that never had a
-        place has none yet.
+        A published, failed or broken one needs no rows: the registry has them, or nobody wants them. One that never
+        had a place has none yet.
         """
-        has_place = number in self.rows.residents
+        has_rows = number in self.rows.residents and not self.runs[number].is_broken
         return {
             "run": self.runs[number].state(),
-            "rows": self.rows.state_of(number) if has_place else self._kept.get(number),
+            "rows": self.rows.state_of(number) if has_rows else self._kept.get(number),
             "best": self._best.get(number),
         }
 
@@ -239,7 +247,8 @@ class MultiAdapterTrainer:
         kept = self._kept.pop(number, None)
         if kept is not None:
             self.rows.restore(number, kept)
-        if run.status is RunStatus.BROKEN:
+        if run.is_broken:
+            self.rows.clear(number)
             return
         if run.status is RunStatus.WAITING:
             run.status = RunStatus.TRAINING
@@ -291,7 +300,7 @@ class MultiAdapterTrainer:
 
     def _break(self, number: int, reason: str) -> None:
         """Its numbers have failed. Where the others' batches must not change by it, it goes on without rows."""
-        if not self._is_deterministic:
+        if not self._keeps_broken:
             self._fail(number, reason)
             return
         self.runs[number].status = RunStatus.BROKEN

@@ -203,7 +203,7 @@ def test_each_size_is_trained_in_both_modes_and_judged_by_the_chosen_one(
     sizes = training_modes.Sizes(
         ranks=(1, 8), tokens=(6, 100), mixed_ranks=(1, 2), mixed_tokens=9, vocabulary=200
     )
-    rows, levers = training_modes.measure(tiny_llama_dir, 2, dtype, sizes)
+    rows = training_modes.measure(tiny_llama_dir, 2, dtype, sizes)
     kind = str(dtype).removeprefix("torch.")
     long_by = "weights" if dtype == torch.float32 else "rows"
     names = [row.name for row in rows]
@@ -211,7 +211,7 @@ def test_each_size_is_trained_in_both_modes_and_judged_by_the_chosen_one(
     assert f"{kind}, FLoRA r8, 100 tokens each: by {long_by} / the faster mode" in names
     judged = [row for row in rows if row.bar is not None]
     assert len(judged) == 4 and all(len(row.rounds) == 2 for row in judged)
-    assert [lever.measured for lever in levers] == [row.value for row in rows[4:]]
+    assert len(rows) == (5 if dtype == torch.bfloat16 else 4)
 
 
 def test_trainers_that_share_a_base_train_their_own_rows(tiny_llama_dir: Path) -> None:

@@ -229,6 +229,27 @@ def test_who_was_busy_for_long_gives_way_to_who_is_busy_just_now() -> None:
     assert routing.best(ONE, ["a", "b"], table) == ["b"]
 
 
+def test_a_replica_that_has_just_come_queues_no_more_than_the_others() -> None:
+    clock = ManualClock()
+    routing = Routing(clock)
+    table = PlacementTable(replicas={name: IDLE for name in "ab"})
+    for number in range(40):
+        routing.order(None, ["a", "b"], table)
+        routing.choose(f"before {number}", "ab"[number % 2], 1.0)
+        clock.advance(0.5)
+        routing.finish(f"before {number}")
+        table = replace(table, replicas=dict(table.replicas))
+    table = PlacementTable(replicas={name: IDLE for name in "abc"})
+    for version in (None, ONE):
+        sent = Counter()
+        for number in range(24):
+            (best, *_) = routing.order(version, ["a", "b", "c"], table)
+            routing.choose(f"{version} {number}", best, 1.0)
+            routing._coming.clear()
+            sent[best] += 1
+        assert sent == {"a": 8, "b": 8, "c": 8}
+
+
 def test_the_end_of_a_long_stream_does_not_count_as_work_of_just_now() -> None:
     clock = ManualClock()
     routing = Routing(clock, random.Random(1))

@@ -15,7 +15,7 @@ from training.adapter_run import AdapterData, AdapterRun, RunStatus
 from training.checkpoints import Checkpoints
 from training.events import AdapterPublished, AdapterStep, EventSink
 from training.job_store import JobStore
-from training.rounds import Work, train_in_rounds
+from training.rounds import Build, Work, train_in_rounds
 from training.spec import AdapterSpec
 from training.tokens import TokenSequence
 
@@ -117,6 +117,9 @@ class SumTrainer:
             if run.name == adapter and not run.is_over:
                 run.status, run.outcome = RunStatus.FAILED, reason
 
+    def leave_broken(self) -> None:
+        pass  # sums never break
+
     def state_of(self, number: int) -> dict[str, Any]:
         return {
             "run": self.runs[number].state(),
@@ -155,9 +158,17 @@ class SumPublisher:
 
 
 def run_attempt(
-    store: ObjectStore, workers: int = 1, noise: int = 0, work: Work = WORK, driver: int = 0
+    store: ObjectStore,
+    workers: int = 1,
+    noise: int = 0,
+    work: Work = WORK,
+    driver: int = 0,
+    build: Build | None = None,
 ) -> None:
-    """One attempt of the job, to its end. Raises what any of its workers raised first."""
+    """One attempt of the job, to its end. Raises what any of its workers raised first.
+
+    `build` makes other trainers than those that sum.
+    """
     meeting, table = threading.Barrier(workers), [None] * workers
     errors: list[BaseException] = []
 
@@ -173,7 +184,7 @@ def run_attempt(
                     peers,
                     job,
                     checkpoints,
-                    lambda share: SumTrainer(share, publisher, tell, noise),
+                    build or (lambda share: SumTrainer(share, publisher, tell, noise)),
                     publisher.again,
                     tell,
                 )

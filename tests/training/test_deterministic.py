@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from storage.local_store import LocalObjectStore
+from storage.object_store import ObjectStore
+from tests.training.round_parts import JOB, run_attempt
 from tests.training.tiny_jobs import (
     ANY_OTHER,
     NOT_A_NUMBER,
@@ -15,7 +21,9 @@ from tests.training.tiny_jobs import (
     trained_with_token,
     trainer_with_token,
 )
+from training.checkpoints import Checkpoints
 from training.events import AdapterEvaluated, AdapterFailed, AdapterPublished, AdapterStarted
+from training.rounds import Work
 from training.spec import AdapterSpec
 from training.trainer import MultiAdapterTrainer
 
@@ -29,7 +37,7 @@ HEALTHY = [
 ]
 """Those that end make room for the last ones while the one that broke is still there."""
 PLACES = 4
-EXACT: dict[str, Any] = {"max_resident": PLACES, "is_deterministic": True}
+EXACT: dict[str, Any] = {"max_resident": PLACES, "keeps_broken": True}
 
 
 def fed(family: str, **fields: Any) -> AdapterSpec:
@@ -75,13 +83,13 @@ def test_the_others_become_what_they_would_beside_it_healthy(family: str) -> Non
     assert_bits(recorder, expected)
 
 
-@pytest.mark.parametrize("is_deterministic", [False, True])
-def test_its_place_is_the_next_ones_once_it_is_left(is_deterministic: bool) -> None:
+@pytest.mark.parametrize("keeps_broken", [False, True])
+def test_its_place_is_the_next_ones_once_it_is_left(keeps_broken: bool) -> None:
     """At once, or when the first of the others has ended: what the test above compares can differ."""
-    options = {**EXACT, "is_deterministic": is_deterministic}
+    options = {**EXACT, "keeps_broken": keeps_broken}
     found = trained_with_token(jobs_of("flora"), "fed", NOT_A_NUMBER, **options)
     changes = [e for e in found.events if isinstance(e, AdapterStarted | AdapterPublished)]
-    assert isinstance(changes[PLACES], AdapterPublished if is_deterministic else AdapterStarted)
+    assert isinstance(changes[PLACES], AdapterPublished if keeps_broken else AdapterStarted)
 
 
 @pytest.mark.parametrize("cut_after", [1, 8, 20])
@@ -112,6 +120,61 @@ def test_a_checkpoint_keeps_it_broken(cut_after: int) -> None:
         assert largest_difference(rows, others) == 0.0
 
 
+def test_one_that_broke_waits_for_a_place_where_there_are_fewer() -> None:
+    recorder = Recorder()
+    specs = jobs_of("lora")
+    job = trainer_with_token(specs, "fed", NOT_A_NUMBER, recorder, **EXACT)
+    while not recorder.of(AdapterFailed):
+        job.step()
+    states = [job.state_of(number) for number in range(len(specs))]
+    narrow = {**EXACT, "max_resident": 2}
+    job = trainer_with_token(specs, "fed", NOT_A_NUMBER, recorder, **narrow)
+    for number, state in enumerate(states):
+        job.restore(number, state)
+    job.run()
+    assert recorder.published.keys() == {spec.name for spec in HEALTHY}
+    assert len(recorder.of(AdapterFailed)) == 1
+
+
+def in_rounds(store: ObjectStore, specs: list[AdapterSpec], token: int) -> Recorder:
+    """On two workers, from checkpoint to checkpoint."""
+    recorder, by_name = Recorder(), {spec.name: spec for spec in specs}
+    steps = {spec.name: spec.num_steps(12) for spec in specs}
+    costs = {name: float(count) for name, count in steps.items()}
+
+    making = threading.Lock()  # random models, by torch's one seed
+
+    def build(share: Sequence[str]) -> MultiAdapterTrainer:
+        mine = [by_name[name] for name in share]
+        places = min(2, len(mine))
+        with making:
+            return trainer_with_token(
+                mine, "fed", token, recorder, keeps_broken=True, max_resident=places
+            )
+
+    run_attempt(store, workers=2, work=Work("d" * 64, costs, steps, 5), build=build)
+    return recorder
+
+
+def test_shares_and_rounds_are_those_of_the_healthy_run(local: ObjectStore, tmp_path: Path) -> None:
+    found = in_rounds(local, jobs_of("flora"), NOT_A_NUMBER)
+    expected = in_rounds(LocalObjectStore(tmp_path / "other"), jobs_of("flora"), ANY_OTHER)
+    assert len(found.of(AdapterFailed)) == 1
+    for spec in HEALTHY:
+        assert found.losses(spec.name) == expected.losses(spec.name)
+        rows, others = found.published[spec.name], expected.published[spec.name]
+        assert largest_difference(rows, others) == 0.0
+
+
+def test_a_job_ends_when_only_those_that_broke_are_left(local: ObjectStore) -> None:
+    long = fed("flora").model_copy(update={"steps": 10_000})
+    found = in_rounds(local, [long, *HEALTHY], NOT_A_NUMBER)
+    assert found.published.keys() == {spec.name for spec in HEALTHY}
+    commit = Checkpoints(local, JOB).read("d" * 64)
+    assert commit is not None and commit.is_over("fed")
+    assert commit.round <= 1 + sum(spec.num_steps(12) for spec in HEALTHY) / 5
+
+
 def test_who_cancels_it_then_frees_its_place() -> None:
     recorder = Recorder()
     job = trainer_with_token(jobs_of("flora"), "fed", NOT_A_NUMBER, recorder, **EXACT)
@@ -134,7 +197,7 @@ def test_alone_it_costs_no_forward() -> None:
         return float(len(readings))
 
     job = trainer_with_token(
-        [fed("flora")], "fed", NOT_A_NUMBER, recorder, is_deterministic=True, clock=clock
+        [fed("flora")], "fed", NOT_A_NUMBER, recorder, keeps_broken=True, clock=clock
     )
     job.run()
     (failure,) = recorder.of(AdapterFailed)

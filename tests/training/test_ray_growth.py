@@ -58,9 +58,13 @@ def wait_until(has_come: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def machines() -> int:
+    return sum(node["Alive"] for node in ray.nodes())
+
+
 def start_machine(cluster: LocalCluster, cpus: int) -> subprocess.Popen[bytes]:
-    """A second raylet, which Ray takes for a machine of its own; returns when it is counted. Ends on SIGTERM."""
-    process = subprocess.Popen(
+    """A second raylet, which Ray takes for a machine of its own. Ends on SIGTERM."""
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
             *(f"--address={cluster.address}", f"--num-cpus={cpus}", "--disable-usage-stats"),
@@ -70,8 +74,6 @@ def start_machine(cluster: LocalCluster, cpus: int) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2)
-    return process
 
 
 def test_a_job_takes_in_a_worker_when_another_machine_joins(
@@ -102,6 +104,7 @@ def test_a_job_takes_in_a_worker_when_another_machine_joins(
         commits += method == "PUT" and "commit.json" in path
         if commits == SECOND_ROUND and not machine:
             machine.append(start_machine(ray_session, cpus))
+            wait_until(lambda: machines() == 2)
             (worker,) = (e for e in events_of(settings, "growing") if isinstance(e, WorkerStarted))
             wait_until(lambda: not psutil.pid_exists(worker.pid))
 
@@ -113,6 +116,7 @@ def test_a_job_takes_in_a_worker_when_another_machine_joins(
         for process in machine:
             process.terminate()
             process.wait(LONGEST_WAIT_S)
+        wait_until(lambda: machines() == 1)
 
     told = [e for e in events_of(settings, "growing") if isinstance(e, WorkerStarted)]
     assert [(e.worker, e.workers, len(e.adapters)) for e in told[:1]] == [(0, 1, 2)]
