@@ -48,9 +48,8 @@ class KnownReplica:
         if self.is_free:
             busy += EVENNESS * slots_per_work * work
         elif self.slots:
-            busy /= (
-                self.slots
-            )  # who has just come has no memory, and is not to queue what others would start sooner
+            # Who has just come has no memory, and is not to queue what others would start sooner.
+            busy /= self.slots
         self.busy = (not self.is_listed, not self.is_free, busy, work)
 
     def start(self, work: float) -> None:
