@@ -1,8 +1,9 @@
-"""Python's cycle collector in the manager's process, which stops every thread while it looks at all that lives.
+"""Python's cycle collector in a process with many adapters: it stops every thread while it looks at all that lives.
 
-With ten thousand adapters that is hundreds of thousands of objects, a tenth of a second or more. Nearly all of them
-live for hours and end by their reference counts, so they are set aside as soon as they are made, and only what is new
-is looked at. Cycles among what was set aside are looked for now and then.
+In the manager, with ten thousand of them, and in a replica, with a model and a few hundred, that is hundreds of
+thousands of objects: a tenth of a second or more, in which no answer goes on. Nearly all of them live for hours and end
+by their reference counts, so they are set aside as soon as they are made, and only what is new is looked at. Cycles
+among what was set aside are looked for now and then.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Collecting:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._thawed_s = clock()
+        self._num_settled = 0
         self._lock = threading.Lock()
         sys.setswitchinterval(SWITCH_S)
         gc.freeze()
@@ -41,3 +43,9 @@ class Collecting:
             else:
                 gc.collect(1)
             gc.freeze()
+
+    def settle_if_due(self, num_made: int, every: int) -> None:
+        """Settle when `num_made`, a number that grows, is `every` more than when this last did."""
+        if num_made - self._num_settled >= every:
+            self._num_settled = num_made
+            self.settle()

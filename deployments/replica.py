@@ -13,6 +13,7 @@ import ray
 from ray import serve
 
 from cluster.actor import PlacementSpec
+from cluster.collecting import Collecting
 from cluster.table import ReplicaOrders, ReplicaReport
 from deployments.gateway import PreviewsOf, ReplicaOutputs
 from deployments.heartbeat import Heartbeat
@@ -28,6 +29,8 @@ from workers.engine.request import EngineRequest
 from workers.models.loading import with_local_base
 from workers.threads import usable_cpus
 
+_SETTLED_TOGETHER = 64
+"""Adapters on the host are hundreds of objects each: after so many loads they are set aside from Python's collector."""
 _LAST_WORDS_S = 10.0
 """So long after its engine has ended, a replica has passed on what the engine said last."""
 
@@ -54,6 +57,7 @@ class EngineReplica:
         self._client = build_client(engine, partial(AdapterCache.open, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
         self._signals = LoadSignals(time.monotonic)
+        self._collecting = Collecting(time.monotonic)
         Heartbeat(spec, self._report, self._obey).start()
 
     async def generate(
@@ -100,6 +104,7 @@ class EngineReplica:
         if not self._client.is_alive():
             return None
         load = self._client.load()
+        self._collecting.settle_if_due(load.loads, _SETTLED_TOGETHER)
         return ReplicaReport(
             replica_id=self._replica_id,
             node_id=self._node_id,

@@ -180,10 +180,11 @@ class AdapterCache:
         return CachedAdapter(_parse(*cached, stages), "disk", stages.stage_s)
 
     def _keep(self, version: AdapterVersion, rows: AdapterRows) -> None:
-        if version in self._host or rows.num_bytes > self._max_host_bytes:
+        num_bytes = rows.num_bytes
+        if version in self._host or num_bytes > self._max_host_bytes:
             return
         self._host[version] = rows
-        self._host_bytes += rows.num_bytes
+        self._host_bytes += num_bytes
         while self._host_bytes > self._max_host_bytes:
             _, evicted = self._host.popitem(last=False)
             self._host_bytes -= evicted.num_bytes

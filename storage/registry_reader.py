@@ -1,4 +1,5 @@
-"""The registry as a replica's loads read it: while it is known to be away, they are told so at once.
+"""The registry as a replica's loads read it: while it is known to be away, they are told so at once, and a small file
+that many adapters have, settings above all, is fetched once.
 
 A read that fails says that the registry is away, and from then on nobody tries until a probe in the background was
 answered. Nothing runs by itself: whoever asks for a file, or whether the registry is there, has a probe started when
@@ -8,6 +9,7 @@ one is due.
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,6 +24,12 @@ PROBE_AWAY_S = 1.0
 
 PROBE_QUIET_S = 5.0
 """How long nobody read anything until a probe shows whether the registry is still there."""
+
+SMALL_FILE_BYTES = 64 << 10
+"""Files up to this size are kept in memory, by digest."""
+
+MAX_SMALL_FILES = 256
+"""So many of them, those used last."""
 
 _Answer = TypeVar("_Answer")
 
@@ -40,6 +48,7 @@ class RegistryReader:
         self._failure: StoreUnavailableError | None = None
         self._answered_s = self._tried_s = clock()
         self._is_probing = False
+        self._small_files: OrderedDict[FileEntry, bytes] = OrderedDict()  # last used last
 
     def content(self, version: AdapterVersion, stages: StageClock) -> ManifestContent:
         """As `Registry.content`; raises StoreUnavailableError at once while the registry is away."""
@@ -47,8 +56,22 @@ class RegistryReader:
             return self._ask(lambda: self._registry.content(version))
 
     def read_file(self, entry: FileEntry, stages: StageClock) -> bytes:
-        """As `Registry.read_file`; raises StoreUnavailableError at once while the registry is away."""
-        return self._ask(lambda: self._registry.read_file(entry, stages))
+        """As `Registry.read_file`; raises StoreUnavailableError at once while the registry is away, except for a small
+        file it has read before.
+        """
+        if entry.num_bytes > SMALL_FILE_BYTES:
+            return self._ask(lambda: self._registry.read_file(entry, stages))
+        with self._lock:
+            kept = self._small_files.get(entry)
+            if kept is not None:
+                self._small_files.move_to_end(entry)
+                return kept
+        data = self._ask(lambda: self._registry.read_file(entry, stages))
+        with self._lock:
+            self._small_files[entry] = data
+            if len(self._small_files) > MAX_SMALL_FILES:
+                self._small_files.popitem(last=False)
+        return data
 
     def check_up(self) -> None:
         """Raises StoreUnavailableError while the registry is known to be away."""

@@ -66,7 +66,9 @@ def unpack(path: str, b_RI: Tensor, a_RO: Tensor, metadata: Mapping[str, str]) -
             f"the module {path} does not have the {rank} FLoRA rows with offset {offset} that the file's metadata "
             "describes"
         )
-    return ModuleRows(mul_a_RO=a_RO[:rank].clone(), mul_b_RI=b_RI[:rank].clone(), offset=offset)
+    if num_added:
+        b_RI, a_RO = b_RI[:rank].clone(), a_RO[:rank].clone()
+    return ModuleRows(mul_a_RO=a_RO, mul_b_RI=b_RI, offset=offset)
 
 
 def _is_as_packed(added_b: Tensor, added_a: Tensor, offset: int) -> bool:

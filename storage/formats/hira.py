@@ -11,16 +11,16 @@ from storage.formats.family import AdapterFile, FamilyReader, ReadModule
 from storage.formats.low_rank import Sides, read_ranks, read_sides, wrong_rank
 from storage.formats.module_tensors import by_module
 from storage.formats.peft_settings import COMMON_SETTINGS
-from storage.formats.targets import check_target
+from storage.formats.targets import Targets
 
 IN_PART, OUT_PART = "hira_A", "hira_B"
 
 
 def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
-    sides = {}
+    sides, targets = {}, Targets(file.settings)
     for path, module in by_module("HIRA", file.tensors, (IN_PART, OUT_PART)).items():
         sides[path] = read_sides(module, IN_PART, OUT_PART)
-        check_target(file.settings, path, sides[path].in_name)
+        targets.check(path, sides[path].in_name)
     is_flora = flora.OFFSET in file.metadata
     if not is_flora:
         _check_ranks(file, sides)

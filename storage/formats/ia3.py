@@ -16,15 +16,15 @@ from storage.errors import AdapterRefusedError
 from storage.formats.family import AdapterFile, FamilyReader, ReadModule
 from storage.formats.module_tensors import ModuleTensors, by_module
 from storage.formats.peft_settings import COMMON_SETTINGS
-from storage.formats.targets import check_target
+from storage.formats.targets import Targets
 
 PART = "ia3_l"
 
 
 def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
-    modules = {}
+    modules, targets = {}, Targets(file.settings)
     for path, module in by_module("IA3", file.tensors, (PART,)).items():
-        check_target(file.settings, path, module.name(PART))
+        targets.check(path, module.name(PART))
         modules[path] = _module(module, file.settings.get("feedforward_modules"))
     return "ia3", modules
 

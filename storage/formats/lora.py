@@ -23,7 +23,7 @@ from storage.formats.low_rank import Sides, read_ranks, read_sides, wrong_rank
 from storage.formats.module_tensors import ModuleTensors, by_module
 from storage.formats.patterns import NumberPattern, checked_number
 from storage.formats.peft_settings import COMMON_SETTINGS, read_switch, shown
-from storage.formats.targets import check_target
+from storage.formats.targets import Targets
 from storage.formats.tensors import MAX_ABSOLUTE_VALUE
 
 IN_PART, OUT_PART = "lora_A.weight", "lora_B.weight"
@@ -105,7 +105,7 @@ def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
         settings.get("alpha_pattern"),
         checked_number("lora_alpha", settings.get("lora_alpha")),
     )
-    modules = {}
+    modules, targets = {}, Targets(settings)
     for path, module in by_module("LORA", file.tensors, _PARTS).items():
         variant.check_parts(module)
         if _PLAIN_BIAS in module.parts:
@@ -113,7 +113,7 @@ def _read(file: AdapterFile) -> tuple[str, dict[str, ReadModule]]:
             modules[path] = ReadModule(rows, {"bias_O": module.name(_PLAIN_BIAS)})
             continue
         sides = read_sides(module, IN_PART, OUT_PART)
-        check_target(settings, path, sides.in_name)
+        targets.check(path, sides.in_name)
         if sides.rank != ranks.of(path):
             raise wrong_rank(sides, ranks.of(path))
         gate = alphas.of(path) / (math.sqrt(sides.rank) if variant.use_rslora else sides.rank)

@@ -74,12 +74,12 @@ def by_module(
         AdapterRefusedError: a tensor is none of them, or there are no tensors.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    longest_first = sorted(((f".{part}", part) for part in parts), key=lambda ends: -len(ends[0]))
     for name in sorted(tensors):
-        ends = [part for part in parts if name.endswith(f".{part}")]
-        if not ends or not name.startswith(PREFIX):
+        part = next((part for end, part in longest_first if name.endswith(end)), None)
+        path = "" if part is None else name[len(PREFIX) : -len(part) - 1]
+        if part is None or not path or not name.startswith(PREFIX):
             raise AdapterRefusedError(f"unexpected tensor {name!r}: {_why(family, name, parts)}")
-        part = max(ends, key=len)
-        path = name.removeprefix(PREFIX).removesuffix(f".{part}")
         found.setdefault(path, {})[part] = tensors[name]
     if not found:
         raise AdapterRefusedError(f"the {family} adapter holds no tensors")

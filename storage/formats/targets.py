@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from storage.errors import AdapterRefusedError
 
@@ -16,24 +17,42 @@ _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 _PLAIN_NAME = re.compile(r"\w+")
 
 
-def names(modules: object, path: str) -> bool:
-    """Whether a list of module names has this one: its whole path, or the end of it from a dot on."""
-    # The whole path first: lists that name every module so would else take a while, module by module.
-    return isinstance(modules, list) and (
-        path in modules or any(path.endswith(f".{module}") for module in modules)
-    )
+class Targets:
+    """The modules that an adapter's settings name."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        self._targets = _Names.of(settings.get("target_modules"))
+        self._excluded = _Names.of(settings.get("exclude_modules"))
+
+    def check(self, path: str, tensor_name: str) -> None:
+        """Raises AdapterRefusedError, naming tensor and setting, for a module that is not targeted."""
+        if self._targets is not None and path not in self._targets.whole:
+            if not self._targets.has(path):
+                raise _stray(tensor_name, "not in target_modules")
+            if not _is_layer_targeted(self._settings, path):
+                raise _stray(tensor_name, "in a layer that is not in layers_to_transform")
+        if self._excluded is not None and self._excluded.has(path):
+            raise _stray(tensor_name, "in exclude_modules")
 
 
-def check_target(settings: Mapping[str, Any], path: str, tensor_name: str) -> None:
-    """Raises AdapterRefusedError, naming tensor and setting, for a module that the settings do not target."""
-    targets = settings.get("target_modules")
-    if isinstance(targets, list):
-        if not names(targets, path):
-            raise _stray(tensor_name, "not in target_modules")
-        if path not in targets and not _is_layer_targeted(settings, path):
-            raise _stray(tensor_name, "in a layer that is not in layers_to_transform")
-    if names(settings.get("exclude_modules"), path):
-        raise _stray(tensor_name, "in exclude_modules")
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """A list of module names: each names a module by its whole path, or by the end of it from a dot on."""
+
+    whole: frozenset[str]
+    ends: tuple[str, ...]
+
+    @classmethod
+    def of(cls, modules: object) -> Self | None:
+        """None for what is not a list."""
+        if not isinstance(modules, list):
+            return None
+        names = [str(module) for module in modules]
+        return cls(frozenset(names), tuple(f".{name}" for name in names))
+
+    def has(self, path: str) -> bool:
+        return path in self.whole or path.endswith(self.ends)
 
 
 def _is_layer_targeted(settings: Mapping[str, Any], path: str) -> bool:

@@ -1,4 +1,4 @@
-"""The manager's process collects cycles without looking at all that lives."""
+"""Managers and replicas collect cycles without looking at all that lives."""
 
 from __future__ import annotations
 
@@ -55,3 +55,18 @@ def test_a_cycle_that_ends_later_is_collected_when_all_are_looked_at_again() -> 
     clock.advance(THAW_S)
     collecting.settle()
     assert ended() is None
+
+
+def test_it_settles_each_time_enough_was_made() -> None:
+    collecting = Collecting(ManualClock())
+
+    def is_set_aside(num_made: int) -> bool:
+        node = Node()
+        collecting.settle_if_due(num_made, 10)
+        return not any(each is node for each in gc.get_objects())
+
+    assert [is_set_aside(made) for made in (0, 9, 10, 11, 19, 25, 34, 35)] == [
+        *(False, False, True),
+        *(False, False, True),
+        *(False, True),
+    ]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from storage import layout, registry_reader
 from storage.errors import AdapterCorruptError, StoreUnavailableError, UnknownModelError
 from storage.load_stages import StageClock
 from storage.local_store import LocalObjectStore
 from storage.object_store import StoredObject
 from storage.registry import Registry
 from storage.registry_reader import PROBE_AWAY_S, PROBE_QUIET_S, RegistryReader
+from storage.version_files import entry_of
 from tests.storage.passing_store import PassingStore
 from tests.storage.versions import publish, version_of
 
@@ -167,9 +169,47 @@ def test_what_is_damaged_on_its_way_is_read_again_and_what_is_damaged_there_is_r
     store.num_flips = 1
     content = reader.content(version, StageClock())
     entry = content.files["adapter_model.safetensors"]
-    store.num_flips = 1
-    assert reader.read_file(entry, StageClock()) == b"one"
     store.num_flips = 2
     with pytest.raises(AdapterCorruptError):
         reader.read_file(entry, StageClock())
+    store.num_flips = 1
+    assert reader.read_file(entry, StageClock()) == b"one"
     assert reader.is_up()
+
+
+def test_a_small_file_is_read_once_and_kept_by_its_digest(
+    store: _Store, reader: RegistryReader
+) -> None:
+    entries = [
+        entry
+        for text in ("one", "two")
+        for version in (publish(Registry(store), text),)
+        for entry in reader.content(version, StageClock()).files.values()
+    ]
+    store.num_reads = 0
+    read = [reader.read_file(entry, StageClock()) for entry in entries]
+    assert [entry_of(data) for data in read] == entries
+    assert store.num_reads == len(set(entries)) < len(entries)
+    store.is_away = True
+    assert [reader.read_file(entry, StageClock()) for entry in entries] == read
+
+
+def test_no_more_small_files_are_kept_than_there_is_room_for(
+    store: _Store, reader: RegistryReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry_reader, "MAX_SMALL_FILES", 2)
+    monkeypatch.setattr(registry_reader, "SMALL_FILE_BYTES", 5)
+    texts = (b"one", b"two", b"three", b"larger")
+    for data in texts:
+        store.put(layout.blob(entry_of(data).sha256), data)
+
+    def num_reads(*wanted: bytes) -> int:
+        before = store.num_reads
+        for data in wanted:
+            assert reader.read_file(entry_of(data), StageClock()) == data
+        return store.num_reads - before
+
+    assert num_reads(b"one", b"two", b"one") == 2
+    assert num_reads(b"three", b"one") == 1  # what was used longest ago went
+    assert num_reads(b"two") == 1
+    assert num_reads(b"larger", b"larger") == 2

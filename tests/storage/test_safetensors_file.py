@@ -27,6 +27,8 @@ def test_headers_of_the_package_are_understood() -> None:
     header = read_header(file)
     assert header.metadata == {"key": "value"}
     assert set(header.tensors) == set(_TENSORS)
+    starts = [entry.start for entry in header.tensors.values()]
+    assert starts[0] == header.data_start and starts == sorted(starts)
     for name, entry in header.tensors.items():
         assert entry.shape == tuple(_TENSORS[name].shape)
         expected = _TENSORS[name].flatten().view(torch.uint8) if _TENSORS[name].numel() else b""
@@ -89,6 +91,11 @@ def test_the_file_all_these_damages_start_from_is_good() -> None:
         _file(_tensor(data_offsets=[4, 0]), bytes(4)),
         _file(_tensor(data_offsets=[0]), bytes(4)),
         _file(_tensor(data_offsets=[0.0, 4.0]), bytes(4)),
+        _file(_tensor(data_offsets=[False, 4]), bytes(4)),
+        _file(_tensor(data_offsets=[4, 8]), bytes(8)),
+        _file(_tensor(), bytes(5)),
+        _file(_tensor() | {"y": _tensor()["x"]}, bytes(4)),
+        _file(_tensor() | {"y": _tensor(data_offsets=[2, 6])["x"]}, bytes(6)),
     ],
 )
 def test_a_damaged_header_is_refused(file: bytes) -> None:

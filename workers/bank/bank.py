@@ -25,7 +25,7 @@ from workers.bank.books import BankBooks, BankBusyError, Resident
 from workers.bank.groups import GroupTable
 from workers.bank.layout import ModuleLayout, SlotPages
 from workers.bank.magnitude import with_scale
-from workers.bank.module_bank import ModuleBank
+from workers.bank.module_bank import ModuleBank, check_finite
 from workers.bank.pages import NUM_RESERVED
 from workers.bank.step_waits import StepWaits
 from workers.bank.transfer import RowTransfer
@@ -83,6 +83,7 @@ class AdapterBank:
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = device
+        self.dtype = dtype
         self._num_loads = 0
         self.waits = StepWaits()
         self._base_weight = base_weight
@@ -180,12 +181,13 @@ class AdapterBank:
         for path, module_rows in rows.modules.items():
             if path not in self.modules:
                 raise AdapterRefusedError(f"the model has no projection {path!r}", param=path)
-            self.modules[path].check(path, module_rows)
+            self.modules[path].check_shapes(path, module_rows)
             if module_rows.magnitude_O is not None and self._base_weight is None:
                 raise AdapterRefusedError(
                     f"{path} has a magnitude (DoRA), and this bank has no base weights to measure it by",
                     param=path,
                 )
+        check_finite(rows.modules, self.dtype)
         modules = {path: self.modules[path].effective(one) for path, one in rows.modules.items()}
         rows = replace(rows, modules=modules)
         layouts = {path: ModuleLayout.of(modules.get(path)) for path in self.modules}
@@ -243,7 +245,7 @@ class AdapterBank:
         if rows.magnitude_O is None or self._base_weight is None:
             return rows
         measured = with_scale(path, rows, self._base_weight(path))
-        self.modules[path].check(path, measured)
+        check_finite({path: measured}, self.dtype)
         return measured
 
     def evict(self, version: AdapterVersion) -> None:

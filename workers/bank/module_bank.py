@@ -6,7 +6,7 @@ Shape legend: N bank pages, I input features, O output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,6 +17,9 @@ from storage.adapter_rows import ModuleRows
 from storage.errors import AdapterRefusedError
 from workers.bank.layout import SlotPages
 from workers.bank.pages import ONES_PAGE
+
+_LOOKED_AT_TOGETHER = 64
+"""Tensors. Asking each takes five times as long in calls; all at once would copy a large adapter whole."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,10 +52,8 @@ class ModuleBank:
             return rows
         return replace(rows, bias_scale_O=None)
 
-    def check(self, path: str, rows: ModuleRows) -> None:
-        """Raises AdapterRefusedError for a shape that is not the projection's, or a value that is not finite in the
-        bank's type.
-        """
+    def check_shapes(self, path: str, rows: ModuleRows) -> None:
+        """Raises AdapterRefusedError for a shape that is not the projection's."""
         sides = {"I": self.in_rows_NI.shape[1], "O": self.out_rows_NO.shape[1]}
         for name, tensor in rows.tensors().items():
             expected = sides[name[-1]]
@@ -60,10 +61,6 @@ class ModuleBank:
                 raise AdapterRefusedError(
                     f"{path}: {name} has {tensor.shape[-1]} features, the model {expected}",
                     param=path,
-                )
-            if not _is_finite(tensor, self.in_rows_NI.dtype):
-                raise AdapterRefusedError(
-                    f"{path}: {name} has a value that is not finite", param=path
                 )
 
     def writes(
@@ -102,11 +99,29 @@ class ModuleBank:
         return change_O[None]
 
 
-def _is_finite(values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every value is a finite number of that type.
+def check_finite(modules: Mapping[str, ModuleRows], dtype: torch.dtype) -> None:
+    """Raises AdapterRefusedError, naming it, for a value that is not a finite number of that type."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for rows in modules.values():
+        for tensor in rows.tensors().values():
+            of_device.setdefault(tensor.device, []).append(tensor)
+    if all(
+        _is_finite(tensors[first : first + _LOOKED_AT_TOGETHER], dtype)
+        for tensors in of_device.values()
+        for first in range(0, len(tensors), _LOOKED_AT_TOGETHER)
+    ):
+        return
+    for path, rows in modules.items():
+        for name, tensor in rows.tensors().items():
+            if not _is_finite([tensor], dtype):
+                raise AdapterRefusedError(
+                    f"{path}: {name} has a value that is not finite", param=path
+                )
 
-    Its extremes tell: NaN is handed on by both, and rounding keeps the order. Ten times as fast as asking every value.
-    """
+
+def _is_finite(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """The extremes of all values tell: NaN is handed on by both, and rounding keeps the order."""
+    values = torch.cat([tensor.flatten() for tensor in tensors])
     return not values.numel() or all(
         math.isfinite(extreme.to(dtype).item()) for extreme in torch.aminmax(values)
     )

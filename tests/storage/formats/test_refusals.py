@@ -117,6 +117,10 @@ def _renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tens
         (_renamed("lora_", "lora_embedding_"), "lora_embedding_"),
         (_renamed(".weight", ".0.weight"), "lora_A.0.weight"),
         (_renamed("base_model.model.", ""), "model.layers.0.self_attn.q_proj.lora_A.weight"),
+        (
+            lambda ours: ours | {"base_model.model.lora_A.weight": torch.ones(2, 8)},
+            "'base_model.model.lora_A",
+        ),
         (_renamed("q_proj", "k_proj"), "k_proj.lora_A.weight' is for a module not in target_mod"),
         (lambda ours: {}, "no tensors"),
         (lambda ours: {_A: ours[_A]}, f"{_B}' is missing"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from storage.errors import AdapterRefusedError
 from storage.formats.peft import read_peft
-from storage.formats.targets import check_target
+from storage.formats.targets import Targets
 from tests.storage.peft_adapters import random_adapter
 
 _Q, _K = (f"base_model.model.model.layers.0.self_attn.{name}_proj" for name in "qk")
@@ -209,7 +209,7 @@ def test_a_module_is_targeted_here_when_it_is_in_peft(
     }
     is_targeted = check_target_module_exists(LoraConfig(r=2, **chosen), path) is True
     if is_targeted:
-        check_target(chosen, path, "t")
+        Targets(chosen).check(path, "t")
     else:
         with pytest.raises(AdapterRefusedError, match="'t'"):
-            check_target(chosen, path, "t")
+            Targets(chosen).check(path, "t")

@@ -9,7 +9,7 @@ from torch import Tensor
 from storage.adapter_rows import ModuleRows
 from storage.errors import AdapterRefusedError
 from workers.bank.layout import ModuleLayout, SlotPages
-from workers.bank.module_bank import ModuleBank
+from workers.bank.module_bank import ModuleBank, check_finite
 from workers.bank.pages import NULL_PAGE, PageAllocator
 
 CPU = torch.device("cpu")
@@ -34,10 +34,10 @@ def test_one_value_that_the_bank_cannot_hold_is_refused_in_any_tensor(
     features = 2 if field.endswith("I") else 3
     shape = (2, features) if field.startswith("mul") else (features,)
     tensor = torch.ones(shape, dtype=torch.float64)
-    module_bank().check("q", ModuleRows(**{field: tensor}))
+    check_finite({"q": ModuleRows(**{field: tensor})}, torch.float32)
     tensor.view(-1)[-1] = value
     with pytest.raises(AdapterRefusedError, match=f"q: {field} has a value that is not finite"):
-        module_bank().check("q", ModuleRows(**{field: tensor}))
+        check_finite({"q": ModuleRows(**{field: tensor})}, torch.float32)
 
 
 def write(bank: ModuleBank, rows: ModuleRows, pages: SlotPages) -> None:
