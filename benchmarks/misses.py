@@ -47,11 +47,6 @@ MISSES: Mapping[tuple[str, str], str] = {
     ("adapters_scale", "1,000 registered FLoRA adapters / 32 resident"): _LOADS,
     ("adapters_scale", "1,000 registered LoRA adapters / 32 resident"): _LOADS,
     ("training", "float32, 8 FLoRA r1, 32 tokens each: together / one after another"): _FLOAT32,
-    ("thousand_adapters", "time between tokens of warm rows: beside loads / beside hits"): (
-        "1.081 in the run before, with 79 ms between tokens beside hits instead of 69. Four loads a second take about "
-        "60 ms each of the two cores that also compute: 20 in the S3 server, 9 in parsing, the rest in HTTP, disk and "
-        "bank. On full cores that is 1.12; the interval is 1.02 to 1.23. Next: fewer calls to parse an adapter."
-    ),
     ("memory", "bfloat16: resident memory / after warm-up"): (
         "oneDNN keeps a kernel for every number of rows it meets in bfloat16, about 0.7 MB each. Row counts are now "
         "rounded up to 48 sizes up to 2,048 rows, so the growth ends; this load meets its last sizes late."

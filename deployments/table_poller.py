@@ -21,7 +21,7 @@ _lock = threading.Lock()
 
 
 def shared_view(spec: PlacementSpec) -> TableView:
-    """The view of this process for `spec`; its thread starts with the first caller and ends with the process.
+    """The view of this process for `spec`; its thread starts with the first caller and ends with this process's Ray.
 
     An ingress and the request routers beside it thus read one table and report demand once.
     """
@@ -37,7 +37,7 @@ def shared_view(spec: PlacementSpec) -> TableView:
 
 def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
     manager: Any = None
-    while True:
+    while ray.is_initialized():  # or asking would start a Ray of its own
         report = view.take_report()
         try:
             manager = manager or connect(spec)
@@ -48,3 +48,5 @@ def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
             view.give_back(report)
             manager = None
         time.sleep(spec.cluster.heartbeat_s)
+    with _lock:
+        _views.pop(spec.actor_name)
