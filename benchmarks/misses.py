@@ -6,11 +6,6 @@ from collections.abc import Mapping
 
 _ROWS = "The base beside it is bound by reading weights: 270 MB a step at 15 to 17 GB/s are 16 to 18 of its 31 ms"
 
-_LOADS = (
-    "A third of the requests find their adapter on disk or in the registry only: about 20 loads in a round of 64 "
-    "requests, 5 ms of CPU each in the bank beside reading and checking files, on the two cores that also compute. "
-    "The step thread waits for none of them. Next: rows written to disk as the bank keeps them."
-)
 _FLOAT32 = (
     "Two runs before, of the same code at this size, were at 2.01 and 2.02. Eight adapters make 222 tokens a second at "
     "32 tokens each, and 242 at any more: that is this CPU's float32 arithmetic. In bfloat16, in which jobs train "
@@ -44,8 +39,6 @@ MISSES: Mapping[tuple[str, str], str] = {
         f"{_ROWS}; 16 adapters of rank 8 are 113 MB more, at the same rate 7 ms a step, so 0.85 at best in decoding. "
         "Rows are read once for every token; next: tokens of one adapter together, in decode steps and in prompts."
     ),
-    ("adapters_scale", "1,000 registered FLoRA adapters / 32 resident"): _LOADS,
-    ("adapters_scale", "1,000 registered LoRA adapters / 32 resident"): _LOADS,
     ("training", "float32, 8 FLoRA r1, 32 tokens each: together / one after another"): _FLOAT32,
     ("memory", "bfloat16: resident memory / after warm-up"): (
         "oneDNN keeps a kernel for every number of rows it meets in bfloat16, about 0.7 MB each. Row counts are now "
