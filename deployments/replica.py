@@ -104,6 +104,7 @@ class EngineReplica:
         if not self._client.is_alive():
             return None
         load = self._client.load()
+        # Here, because the heartbeat's thread is one nobody waits for.
         self._collecting.settle_if_due(load.loads, _SETTLED_TOGETHER)
         return ReplicaReport(
             replica_id=self._replica_id,

@@ -42,11 +42,10 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Tensors in the order of their bytes, which lie side by side from `data_start` to the end of the file."""
+    """Tensors in the order of their bytes, which lie side by side to the end of the file."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
-    data_start: int
 
 
 def read_header(file: bytes | memoryview) -> Header:
@@ -72,7 +71,7 @@ def read_header(file: bytes | memoryview) -> Header:
         key=lambda named: named[1][2:],
     )
     _check_side_by_side(tensors, data_start, len(file))
-    return Header(dict(tensors), metadata, data_start)
+    return Header(dict(tensors), metadata)
 
 
 def build_file(

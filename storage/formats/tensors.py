@@ -10,6 +10,7 @@ from torch import Tensor
 
 from storage.errors import AdapterRefusedError
 from storage.safetensors_file import MalformedFileError, TensorEntry, build_file, read_header
+from storage.values import largest_value
 
 MAX_ABSOLUTE_VALUE = 1e4
 
@@ -23,9 +24,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_tensors(name: str, file: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor of a safetensors file, on the CPU, and the file's metadata.
-
-    The tensors share one copy of the file's bytes: whoever keeps few of them for long copies those.
+    """Every tensor of a safetensors file, on the CPU and sharing no memory with `file`, and the file's metadata.
 
     Raises:
         AdapterRefusedError: not a safetensors file; or a tensor has a dtype that is no float of 16 to 64 bits, a
@@ -40,12 +39,12 @@ def read_tensors(name: str, file: bytes) -> tuple[dict[str, Tensor], dict[str, s
             raise AdapterRefusedError(
                 f"tensor {tensor_name!r} has dtype {entry.dtype}; expected one of {', '.join(_DTYPES)}"
             )
-    data = bytearray(memoryview(file)[header.data_start :])
+    view = memoryview(file)
     tensors = {
-        tensor_name: _tensor(data, entry, header.data_start)
+        tensor_name: _tensor(view[entry.start : entry.stop], entry)
         for tensor_name, entry in header.tensors.items()
     }
-    _check_values(tensors, data)
+    _check_values(tensors)
     return tensors, header.metadata
 
 
@@ -64,27 +63,18 @@ def write_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
     )
 
 
-def _tensor(data: bytearray, entry: TensorEntry, data_start: int) -> Tensor:
-    dtype, offset = _DTYPES[entry.dtype], entry.start - data_start
-    count = (entry.stop - entry.start) // dtype.itemsize
-    if not count:
+def _tensor(data: memoryview, entry: TensorEntry) -> Tensor:
+    dtype = _DTYPES[entry.dtype]
+    if not data:
         return torch.empty(entry.shape, dtype=dtype)
-    if offset % dtype.itemsize:
-        data, offset = data[offset : offset + count * dtype.itemsize], 0
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).view(entry.shape)
+    return torch.frombuffer(bytearray(data), dtype=dtype).view(entry.shape)
 
 
-def _check_values(tensors: Mapping[str, Tensor], data: bytearray) -> None:
-    """`data` is the bytes of all of them: tensors of one type are looked at as one, which is a single call."""
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if (
-        len(dtypes) == 1
-        and data
-        and _largest(torch.frombuffer(data, dtype=dtypes.pop())) <= MAX_ABSOLUTE_VALUE
-    ):
+def _check_values(tensors: Mapping[str, Tensor]) -> None:
+    if largest_value(tensors.values()) <= MAX_ABSOLUTE_VALUE:
         return
     for name, tensor in tensors.items():
-        largest = _largest(tensor) if tensor.numel() else 0.0
+        largest = largest_value([tensor])
         if not math.isfinite(largest):
             raise AdapterRefusedError(
                 f"tensor {name!r} has values that are not finite (NaN or inf)"
@@ -93,9 +83,3 @@ def _check_values(tensors: Mapping[str, Tensor], data: bytearray) -> None:
             raise AdapterRefusedError(
                 f"tensor {name!r} has the value {largest:.3g}; at most {MAX_ABSOLUTE_VALUE:.0f} is accepted"
             )
-
-
-def _largest(values: Tensor) -> float:
-    """The largest absolute value; NaN if there is one. Without a copy of them."""
-    low, high = torch.aminmax(values)
-    return max(-low.item(), high.item())

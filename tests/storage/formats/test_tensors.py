@@ -98,8 +98,13 @@ def test_not_a_number_is_found_among_numbers(dtype: torch.dtype) -> None:
 
 
 def test_what_is_read_is_a_copy() -> None:
-    file = bytearray(_file({"a": torch.ones(3), "b": torch.ones(2)}))
-    read, _ = read_tensors("file", bytes(file))
+    file = _file({"a": torch.ones(3), "b": torch.ones(2)})
+    read, _ = read_tensors("file", file)
     read["a"][:] = 2
     assert read["b"].tolist() == [1, 1]
-    assert read_tensors("file", bytes(file))[0]["a"].tolist() == [1, 1, 1]
+    assert read_tensors("file", file)[0]["a"].tolist() == [1, 1, 1]
+
+
+def test_a_tensor_keeps_no_more_memory_than_its_own() -> None:
+    read, _ = read_tensors("file", _file({"small": torch.ones(3), "large": torch.ones(1000)}))
+    assert read["small"].untyped_storage().nbytes() == 12
