@@ -28,8 +28,8 @@ class Kind:
 
 
 IA3 = Kind("IA3", "ia3", 1, (3e-3, 1e-2, 3e-2, 1e-1))
-LORA = Kind("LoRA r4", "lora", 4, (2e-4, 6e-4, 2e-3, 6e-3))
-FLORA_1 = Kind("FLoRA r1", "flora", 1, (3e-3, 8e-3, 2e-2, 6e-2))
+LORA = Kind("LoRA r4", "lora", 4, (2e-4, 6e-4, 2e-3, 6e-3, 2e-2))
+FLORA_1 = Kind("FLoRA r1", "flora", 1, (3e-3, 8e-3, 2e-2, 6e-2, 2e-1))
 FLORA_4 = Kind("FLoRA r4", "flora", 4, (3e-3, 8e-3, 2e-2, 6e-2))
 KINDS = (IA3, LORA, FLORA_1, FLORA_4)
 BARS = (
