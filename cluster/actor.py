@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -18,7 +19,6 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict
 
-from cluster.collecting import Collecting
 from cluster.config import ClusterSettings
 from cluster.figures import ClusterFigures
 from cluster.manager import PlacementManager
@@ -26,6 +26,7 @@ from cluster.published import Published, PublishedReader
 from cluster.registry_word import RegistryWord
 from cluster.state import ClusterState
 from cluster.table import ReaderReport, ReplicaOrders, ReplicaReport, TableUpdate
+from storage.collecting import Collecting
 from storage.config import StorageSettings
 from storage.errors import FloraError, UnknownModelError
 from storage.registry import Registry
@@ -37,6 +38,8 @@ PLAN_PAUSE_S = 0.05
 """Between two plans, however much happens; those who call must have the processor too."""
 _CALLS_AT_ONCE = 64
 _DIGEST_LENGTH = 12
+_SWITCH_S = 0.001
+"""In the actor's process, who computes lets others have the interpreter this often."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class PlacementActor:
     on threads of their own that hold no lock meanwhile.
 
     Args:
-        is_alone: nothing else runs in this process, whose garbage collection it may order as it needs.
+        is_alone: nothing else runs in this process, whose interpreter it may set as it needs.
     """
 
     def __init__(self, spec: PlacementSpec, *, is_alone: bool = False) -> None:
@@ -84,6 +87,8 @@ class PlacementActor:
         self._lock = threading.Lock()
         self._thinking = threading.Lock()  # one thread computes at a time; always taken first
         self._collecting = Collecting(time.monotonic) if is_alone else None
+        if is_alone:
+            sys.setswitchinterval(_SWITCH_S)
         self._news = threading.Event()  # for the thread that reads the registry
         self._due = threading.Event()  # for the thread that plans
         self._called_s = time.monotonic()

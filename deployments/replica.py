@@ -13,7 +13,6 @@ import ray
 from ray import serve
 
 from cluster.actor import PlacementSpec
-from cluster.collecting import Collecting
 from cluster.table import ReplicaOrders, ReplicaReport
 from deployments.gateway import PreviewsOf, ReplicaOutputs
 from deployments.heartbeat import Heartbeat
@@ -24,13 +23,12 @@ from deployments.replica_threads import replica_threads
 from deployments.request_streams import RequestStreams
 from deployments.settings import Settings
 from storage.adapter_cache import AdapterCache
+from storage.collecting import Collecting
 from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
 from workers.models.loading import with_local_base
 from workers.threads import usable_cpus
 
-_SETTLED_TOGETHER = 64
-"""Adapters on the host are hundreds of objects each: after so many loads they are set aside from Python's collector."""
 _LAST_WORDS_S = 10.0
 """So long after its engine has ended, a replica has passed on what the engine said last."""
 
@@ -104,8 +102,7 @@ class EngineReplica:
         if not self._client.is_alive():
             return None
         load = self._client.load()
-        # Here, because the heartbeat's thread is one nobody waits for.
-        self._collecting.settle_if_due(load.loads, _SETTLED_TOGETHER)
+        self._collecting.settle_if_due(load.loads)
         return ReplicaReport(
             replica_id=self._replica_id,
             node_id=self._node_id,

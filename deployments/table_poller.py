@@ -30,12 +30,20 @@ def shared_view(spec: PlacementSpec) -> TableView:
         if view is None:
             view = _views[spec.actor_name] = TableView(time.monotonic, spec.cluster.table_ttl_s)
             threading.Thread(
-                target=_poll_forever, args=(spec, view), name="placement-poller", daemon=True
+                target=_poll_to_the_end, args=(spec, view), name="placement-poller", daemon=True
             ).start()
         return view
 
 
-def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
+def _poll_to_the_end(spec: PlacementSpec, view: TableView) -> None:
+    try:
+        _poll(spec, view)
+    finally:
+        with _lock:
+            _views.pop(spec.actor_name)
+
+
+def _poll(spec: PlacementSpec, view: TableView) -> None:
     manager: Any = None
     while ray.is_initialized():  # or asking would start a Ray of its own
         report = view.take_report()
@@ -48,5 +56,3 @@ def _poll_forever(spec: PlacementSpec, view: TableView) -> None:
             view.give_back(report)
             manager = None
         time.sleep(spec.cluster.heartbeat_s)
-    with _lock:
-        _views.pop(spec.actor_name)

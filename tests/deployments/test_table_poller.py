@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 
 from cluster.actor import PlacementSpec
 from cluster.config import ClusterSettings
@@ -31,7 +33,8 @@ def test_polling_ends_with_the_processs_ray_and_a_later_caller_begins_anew(
         was_asked.set()
         raise ValueError("no such actor")
 
-    monkeypatch.setattr(table_poller.ray, "is_initialized", is_initialized)
+    stand_in = SimpleNamespace(is_initialized=is_initialized, get=ray.get)
+    monkeypatch.setattr(table_poller, "ray", stand_in)
     monkeypatch.setattr(table_poller, "connect", connect)
     spec = PlacementSpec(
         app_name="poller",

@@ -45,7 +45,8 @@ def cluster() -> Iterator[LocalCluster]:
 @pytest.fixture
 def settings(s3_settings: StorageSettings, tmp_path: Path) -> JobSettings:
     return JobSettings(
-        storage=s3_settings,
+        # The first worker's commit waits for the other machine.
+        storage=s3_settings.model_copy(update={"s3_timeout_s": LONGEST_WAIT_S}),
         training=TrainingSettings(
             storage_path=tmp_path / "scratch",
             num_workers=2,

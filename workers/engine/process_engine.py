@@ -11,10 +11,12 @@ import os
 import signal
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 
 import torch
 
+from storage.collecting import Collecting
 from storage.errors import FloraError
 from workers.engine.building import build_engine_apart
 from workers.engine.process_messages import (
@@ -52,9 +54,12 @@ class EngineProcess:
     def run(self) -> None:
         client = self._start()
         if client is not None:
+            collecting = Collecting(time.monotonic)
             while client.is_running and not self._is_over.wait(REPORT_EVERY_S):
+                load = client.load()
+                collecting.settle_if_due(load.loads)
                 if not self._writer.is_behind:
-                    self._writer.put(Report(client.load(), client.is_alive()))
+                    self._writer.put(Report(load, client.is_alive()))
             client.stop()
         self._writer.close(FLUSH_WITHIN_S)
 

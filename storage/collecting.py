@@ -9,13 +9,12 @@ among what was set aside are looked for now and then.
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 from collections.abc import Callable
 
 THAW_S = 3600.0
-SWITCH_S = 0.001
-"""Who computes lets others have the interpreter this often."""
+LOADS_TOGETHER = 64
+"""An adapter on the host is hundreds of objects; so many are set aside at a time."""
 
 
 class Collecting:
@@ -30,22 +29,25 @@ class Collecting:
         self._thawed_s = clock()
         self._num_settled = 0
         self._lock = threading.Lock()
-        sys.setswitchinterval(SWITCH_S)
         gc.freeze()
 
     def settle(self) -> None:
         """Much was made that will live: let it be looked at no more. To be called where nobody waits."""
         with self._lock:
-            if self._clock() - self._thawed_s >= THAW_S:
-                gc.unfreeze()
-                gc.collect()
-                self._thawed_s = self._clock()
-            else:
-                gc.collect(1)
-            gc.freeze()
+            self._settle()
 
-    def settle_if_due(self, num_made: int, every: int) -> None:
-        """Settle when `num_made`, a number that grows, is `every` more than when this last did."""
-        if num_made - self._num_settled >= every:
-            self._num_settled = num_made
-            self.settle()
+    def settle_if_due(self, num_loads: int) -> None:
+        """Settle when adapters were loaded `LOADS_TOGETHER` times since this last did. `num_loads`: of all time."""
+        with self._lock:
+            if num_loads - self._num_settled >= LOADS_TOGETHER:
+                self._num_settled = num_loads
+                self._settle()
+
+    def _settle(self) -> None:
+        if self._clock() - self._thawed_s >= THAW_S:
+            gc.unfreeze()
+            gc.collect()
+            self._thawed_s = self._clock()
+        else:
+            gc.collect(1)
+        gc.freeze()

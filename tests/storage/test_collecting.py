@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from cluster.collecting import THAW_S, Collecting
+from storage.collecting import LOADS_TOGETHER, THAW_S, Collecting
 from tests.cluster.clocks import ManualClock
 
 
@@ -22,10 +21,8 @@ class Node:
 
 @pytest.fixture(autouse=True)
 def _process_is_left_as_it_was() -> Iterator[None]:
-    interval_s = sys.getswitchinterval()
     yield
     gc.unfreeze()
-    sys.setswitchinterval(interval_s)
 
 
 def test_what_lives_is_looked_at_once_and_then_no_more() -> None:
@@ -57,16 +54,17 @@ def test_a_cycle_that_ends_later_is_collected_when_all_are_looked_at_again() -> 
     assert ended() is None
 
 
-def test_it_settles_each_time_enough_was_made() -> None:
+def test_it_settles_each_time_enough_was_loaded() -> None:
     collecting = Collecting(ManualClock())
 
-    def is_set_aside(num_made: int) -> bool:
+    def is_set_aside(num_loads: int) -> bool:
         node = Node()
-        collecting.settle_if_due(num_made, 10)
+        collecting.settle_if_due(num_loads)
         return not any(each is node for each in gc.get_objects())
 
-    assert [is_set_aside(made) for made in (0, 9, 10, 11, 19, 25, 34, 35)] == [
+    enough = LOADS_TOGETHER
+    seen = [0, enough - 1, enough, enough + 1, 2 * enough - 1, 2 * enough + 5, 3 * enough + 4]
+    assert [is_set_aside(num_loads) for num_loads in seen] == [
         *(False, False, True),
-        *(False, False, True),
-        *(False, True),
+        *(False, False, True, False),
     ]
