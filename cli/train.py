@@ -51,6 +51,8 @@ def train(
     if (detach or attach is not None) and not is_kept:
         raise InvalidRequestError("no cluster is running here to keep the job; start one: flora up")
     checked = None if spec is None else read_specification(spec, storage=settings.storage)
+    if checked is not None and not runs_elsewhere(settings):
+        _check_base(checked, settings.storage)
     with _ray(running.ray if running else None, is_needed=not is_kept) as ray:
         if checked is None:
             assert attach is not None
@@ -95,6 +97,14 @@ def read_specification(
         if base is None:
             return spec
     return read_spec(path, {"base": str(base)}, storage)
+
+
+def _check_base(spec: TrainingSpec, storage: StorageSettings) -> None:
+    """Refuses what the job would refuse, before anything is started for it."""
+    from training.job_plan import check_base
+
+    with err.status("looking at the base model"):
+        check_base(spec, storage)
 
 
 def _settings(registry: str | None, s3_endpoint: str | None) -> Settings:

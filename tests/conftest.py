@@ -179,11 +179,12 @@ def s3_api() -> Iterator[S3Server]:
 
 
 @pytest.fixture
-def s3_settings(s3_api: S3Server) -> StorageSettings:
+def s3_settings(s3_api: S3Server, monkeypatch: pytest.MonkeyPatch) -> StorageSettings:
     """Settings of a fresh, empty bucket."""
     bucket = f"bucket-{uuid.uuid4().hex}"
     client = boto3.client("s3", endpoint_url=s3_api.url, region_name="us-east-1")
     client.create_bucket(Bucket=bucket)
+    monkeypatch.setattr(s3_api, "before", lambda method, path: None)  # undone with what a test set
     return StorageSettings(registry=f"s3://{bucket}/some/prefix", s3_endpoint_url=s3_api.url)
 
 

@@ -57,6 +57,24 @@ class JobPlan:
         return hashed.hexdigest()
 
 
+def check_base(
+    spec: TrainingSpec, storage: StorageSettings | None = None
+) -> tuple[Path, BaseFacts, PretrainedConfig]:
+    """The base model's directory, facts and configuration, which fit all adapters. Takes seconds: data is not read.
+
+    Raises:
+        SpecificationError: names the adapter, and the module or the length.
+        InvalidRequestError: there is no such base model.
+    """
+    directory = find_base(spec.base, storage)
+    base = read_base_facts(directory, spec.base_id)
+    config = load_config(str(directory))
+    for adapter in spec.adapters:
+        check_targets(adapter, base.projections)
+        _check_length(adapter, config)
+    return directory, base, config
+
+
 def plan_job(
     spec: TrainingSpec, settings: TrainingSettings, storage: StorageSettings | None = None
 ) -> JobPlan:
@@ -69,16 +87,10 @@ def plan_job(
         SpecificationError: names the adapter, the file or the module.
         InvalidRequestError: there is no such base model.
     """
-    directory = find_base(spec.base, storage)
-    base = read_base_facts(directory, spec.base_id)
+    directory, base, config = check_base(spec, storage)
     tokenizer = load_tokenizer(str(directory))
-    config = load_config(str(directory))
     stop_ids = _stop_ids(config, directory, tokenizer)
-    data: dict[str, AdapterData] = {}
-    for adapter in spec.adapters:
-        check_targets(adapter, base.projections)
-        _check_length(adapter, config)
-        data[adapter.name] = _adapter_data(adapter, tokenizer, stop_ids)
+    data = {adapter.name: _adapter_data(adapter, tokenizer, stop_ids) for adapter in spec.adapters}
     num_steps = {
         adapter.name: adapter.num_steps(len(data[adapter.name].training))
         for adapter in spec.adapters

@@ -119,7 +119,10 @@ class AdapterSpec(BaseModel):
         allow_inf_nan=False,
         description="3 if steps is unset too.",
     )
-    evaluation: Evaluation | None = None
+    evaluation: Evaluation | None = Field(
+        default=None,
+        description="Held-out loss as it learns; its last step is published, or with early_stop its best evaluation.",
+    )
     early_stop: EarlyStop | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63, description="The job's if unset.")
     alias: str = Field(default=DEFAULT_ALIAS, description="What the new version is called.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import typer
@@ -111,6 +112,35 @@ def test_down_without_a_cluster_is_no_failure(flora: Flora) -> None:
 def test_a_job_cannot_be_left_to_a_cluster_that_is_not_there(flora: Flora) -> None:
     assert "flora up" in flora("train", "--attach", "some-job", code=2).stderr
     assert "specification" in flora("train", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "says"),
+    [
+        ("no/such/base", {}, "there is no model at no/such/base"),
+        ("", {"target_modules": ["q_prj"]}, "bad: the model has no linear layer 'q_prj'; it has"),
+        ("", {"sequence_length": 1_000_000}, "bad: sequence_length"),
+        ("", {"rank": 0}, "rank"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_ray_is_started(
+    flora: Flora,
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    fields: dict[str, object],
+    says: str,
+) -> None:
+    def start(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a Ray would have been started")
+
+    monkeypatch.setattr("cli.train.start_cluster", start)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "fox", "completion": " jumps"}\n')
+    adapter = {"name": "bad", "rank": 1, "data": "data.jsonl", **fields}
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(json.dumps({"base": base or str(tiny_llama_dir), "adapters": [adapter]}))
+    assert says in " ".join(flora("train", spec, code=2).stderr.split())
 
 
 def test_the_doctor_finds_what_is_missing_and_says_what_to_do(flora: Flora) -> None:

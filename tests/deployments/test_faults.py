@@ -360,7 +360,7 @@ def test_a_killed_replica_costs_no_wrong_answer_and_its_adapters_are_served_else
         def is_rehomed() -> bool:
             """Nothing is expected of the dead one any more."""
             left = alive()
-            return not before <= left and held() <= left
+            return not before <= left and bool(held()) and held() <= left
 
         until(is_rehomed, "its adapters have other holders", within_s=5)
         (died,) = before - alive()

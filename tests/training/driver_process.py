@@ -28,7 +28,7 @@ def main() -> None:
         )
     finally:
         cluster.disconnect()
-    sys.exit(0 if result.is_success else 1)
+    sys.exit(None if result.is_success else f"{result.error} {result.failed}")
 
 
 if __name__ == "__main__":

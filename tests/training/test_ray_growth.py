@@ -18,7 +18,7 @@ from cli.local_cluster import LocalCluster, start_cluster
 from storage.config import StorageSettings
 from tests.conftest import NEEDS_RAY
 from tests.storage.s3_server import S3Server
-from tests.training.test_ray_jobs import events_of, published_rows, rows_without_ray
+from tests.training.test_ray_jobs import events_of, published_rows, rows_without_ray, starts_of
 from tests.training.tiny_jobs import largest_difference
 from training.config import TrainingSettings
 from training.events import WorkerStarted
@@ -53,6 +53,7 @@ def settings(s3_settings: StorageSettings, tmp_path: Path) -> JobSettings:
             min_workers=1,
             cpus_per_worker=CPUS,
             threads=1,
+            max_failures=0,  # only for room is it begun anew
             look_for_room_s=0.5,
         ),
     )
@@ -148,12 +149,15 @@ def test_a_job_takes_in_a_worker_when_another_machine_joins(
         assert job.wait(LONGEST_JOB_S) == 0
 
     assert joined
-    told = [e for e in events_of(settings, JOB) if isinstance(e, WorkerStarted)]
-    assert [(e.worker, e.workers, len(e.adapters)) for e in told[:1]] == [(0, 1, 2)]
-    assert sorted((e.worker, e.workers, len(e.adapters)) for e in told[1:]) == [
-        (0, 2, 1),
-        (1, 2, 1),
+    events = events_of(settings, JOB)
+    started = [
+        (e.worker, e.workers, len(e.adapters)) for e in events if isinstance(e, WorkerStarted)
     ]
+    assert started[0] == (0, 1, 2)
+    assert sorted(started[1:]) == [(0, 2, 1), (1, 2, 1)]
+    for adapter in ("short", "long"):
+        first_step, later_step = starts_of(events, adapter)
+        assert first_step == 0 < later_step, "it goes on from a checkpoint"
     spec = read_spec(spec_file)
     expected = rows_without_ray(spec)
     for adapter in spec.adapters:

@@ -42,7 +42,7 @@ from training.events import (
 from training.frozen_base import FrozenBase
 from training.job_plan import plan_job
 from training.job_settings import JobSettings
-from training.job_store import JobStore
+from training.job_store import LOSS_PICTURE, JobStore
 from training.ray_jobs import RayJobBackend
 from training.ray_train import run_training
 from training.sharing import share_out
@@ -182,31 +182,46 @@ def test_a_job_that_loses_its_worker_ends_as_an_undisturbed_one(
     told = events_of(settings, "job-1")
     assert sorted(told, key=repr) == sorted(seen, key=repr), "each event was told once"
     assert isinstance(told[0], JobStarted) and isinstance(told[-1], JobFinished)
+    picture = JobStore(open_store(settings.storage), "job-1").get_file(LOSS_PICTURE)
+    assert picture.startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("workers", "bound"), [(1, 0.0), (2, 1e-6)])
 def test_a_worker_may_be_killed_at_any_write(
-    ray_session: LocalCluster, s3_api: S3Server, settings: JobSettings, spec: TrainingSpec
+    ray_session: LocalCluster,
+    s3_api: S3Server,
+    settings: JobSettings,
+    spec: TrainingSpec,
+    workers: int,
+    bound: float,
 ) -> None:
-    """A random one after its first events: states, commits, events, parts of what it publishes."""
+    """A random one after the first events: states, commits, events, parts of what is published.
+
+    Of two workers the other waits for the dead one. Adapters apart are in other batches than together.
+    """
     writes = int(os.environ.get("FLORA_TEST_KILL_AT", random.randrange(MOST_WRITES)))
     print(f"to see this again: FLORA_TEST_KILL_AT={writes}")
 
     killed: list[int] = []
 
     def kill_the_worker() -> None:
-        (worker,) = (e for e in events_of(settings, "job-2") if isinstance(e, WorkerStarted))
-        os.kill(worker.pid, signal.SIGKILL)
-        killed.append(worker.pid)
+        started = [e.pid for e in events_of(settings, "job-2") if isinstance(e, WorkerStarted)]
+        killed.append(started[writes % len(started)])
+        os.kill(killed[0], signal.SIGKILL)
 
     s3_api.before = KillsOnce(kill_the_worker, WORKER_EVENTS, *[""] * (writes + 1))
-    result = run_training(spec, settings, lambda event: None, job_id="job-2")
+    training = settings.training.model_copy(update={"num_workers": workers})
+    sized = JobSettings(storage=settings.storage, training=training)
+    result = run_training(spec, sized, lambda event: None, job_id="job-2")
 
     assert killed and result.is_success
+    started = [e for e in events_of(settings, "job-2") if isinstance(e, WorkerStarted)]
+    assert [e.workers for e in started] == [workers] * 2 * workers, "all began once more"
     expected = rows_without_ray(spec)
     for name in ("short", "long"):
         version, rows = published_rows(settings, name)
         assert result.published[name] == version
-        assert largest_difference(rows, expected[name]) == 0.0
+        assert largest_difference(rows, expected[name]) <= bound
 
 
 def ended(backend: JobBackend, job_id: str) -> JobInfo:
