@@ -27,7 +27,7 @@ from storage.collecting import Collecting
 from workers.engine.building import build_client
 from workers.engine.request import EngineRequest
 from workers.models.loading import with_local_base
-from workers.threads import usable_cpus
+from workers.threads import take_turns_often, usable_cpus
 
 _LAST_WORDS_S = 10.0
 """So long after its engine has ended, a replica has passed on what the engine said last."""
@@ -55,6 +55,7 @@ class EngineReplica:
         self._client = build_client(engine, partial(AdapterCache.open, settings.storage))
         self._streams = RequestStreams(self._client, self._replica_id)
         self._signals = LoadSignals(time.monotonic)
+        take_turns_often()
         self._collecting = Collecting(time.monotonic)
         Heartbeat(spec, self._report, self._obey).start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.workers.engine.small_engine import (
 from tests.workers.engine.transports import Inbox
 from workers.engine.request import StepOutputs
 from workers.engine.thread_client import ThreadEngineClient
-from workers.threads import engine_threads, usable_cpus
+from workers.threads import engine_threads, take_turns_often, usable_cpus
 
 
 @pytest.fixture
@@ -110,3 +111,12 @@ def test_steps_run_on_the_engines_threads_and_loads_on_one(tiny_llama_dir: Path)
     client.stop()
     assert seen == {"load": 1, "step": 3}
     assert torch.get_num_threads() == before
+
+
+def test_an_engines_process_changes_threads_five_times_as_often_as_python_does() -> None:
+    usual_s = sys.getswitchinterval()
+    try:
+        take_turns_often()
+        assert sys.getswitchinterval() == pytest.approx(usual_s / 5)
+    finally:
+        sys.setswitchinterval(usual_s)

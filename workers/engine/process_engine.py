@@ -34,6 +34,7 @@ from workers.engine.process_messages import (
 )
 from workers.engine.request import EngineRequest, FinishReason, RequestOutput, StepOutputs
 from workers.engine.thread_client import ThreadEngineClient
+from workers.threads import take_turns_often
 
 # Twice per heartbeat of a replica.
 REPORT_EVERY_S = 0.25
@@ -132,6 +133,7 @@ def main() -> None:
     # Ctrl-C reaches the whole terminal; who started us decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_interop_threads(1)  # nothing here runs two operators at once
+    take_turns_often()
     exit_code = 1
     try:
         EngineProcess(Connection(int(sys.argv[1]))).run()
