@@ -38,8 +38,9 @@ class BackgroundLoad:
         self._is_over.set()
         for thread in self._threads:
             thread.join()
-        if error is None and self._errors:
-            raise self._errors[0]
+        # Also where the block failed: most often for want of the threads that ended.
+        if self._errors:
+            raise self._errors[0] from error
 
     def check(self) -> None:
         """Raise now what went wrong so far."""
